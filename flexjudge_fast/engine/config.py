@@ -1,0 +1,104 @@
+"""The engine's limits, and how the KV cache is sized from memory."""
+
+import re
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from flexjudge_fast.errors import InvalidArgumentError
+
+_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Limits of one engine.
+
+    Args:
+        max_model_len: the most tokens of a sequence; the checkpoint's own limit when `None`.
+        max_num_seqs: sequences computed side by side.
+        max_batched_tokens: the most tokens of one step; longer prompts are computed in chunks.
+        block_size: tokens per KV block.
+        kv_cache_memory: bytes, or a string such as "2GiB"; from `kv_cache_fraction` when `None`.
+        kv_cache_fraction: share of the memory that is free after loading; 0.9 on a GPU, 0.25 on a CPU.
+        prefix_caching: keep computed prefixes for later requests.
+    """
+
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_batched_tokens: int = 1024
+    block_size: int = 16
+    kv_cache_memory: int | str | None = None
+    kv_cache_fraction: float | None = None
+    prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "max_num_seqs", "max_batched_tokens", "block_size"):
+            value = getattr(self, name)
+            if value is None and name == "max_model_len":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InvalidArgumentError(f"{name}={value!r}: must be an integer of at least 1")
+        fraction = self.kv_cache_fraction
+        if fraction is not None and not 0 < fraction <= 1:
+            raise InvalidArgumentError(f"kv_cache_fraction={fraction!r}: must be above 0 and at most 1")
+        if self.kv_cache_memory is not None:
+            parse_bytes("kv_cache_memory", self.kv_cache_memory)
+
+
+def parse_bytes(name: str, value: int | str) -> int:
+    """Bytes of an int or of a string such as "512MiB"."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", value)
+        if match and match[2].lower() in _UNITS and float(match[1]) > 0:
+            return int(float(match[1]) * _UNITS[match[2].lower()])
+    raise InvalidArgumentError(f'{name}={value!r}: must be a number of bytes or a string such as "2GiB"')
+
+
+def num_kv_blocks(
+    config: EngineConfig, block_bytes: int, max_model_len: int, device: torch.device
+) -> int:
+    """How many blocks of `block_bytes` the budget holds; never more than `max_num_seqs` full sequences."""
+    if config.kv_cache_memory is not None:
+        budget = parse_bytes("kv_cache_memory", config.kv_cache_memory)
+    elif device.type == "cuda":
+        budget = int(torch.cuda.mem_get_info(device)[0] * (config.kv_cache_fraction or 0.9))
+    else:
+        budget = int(psutil.virtual_memory().available * (config.kv_cache_fraction or 0.25))
+    most = config.max_num_seqs * (-(-max_model_len // config.block_size) + 1)
+    num_blocks = min(budget // block_bytes, most)
+    if num_blocks < 2:
+        raise InvalidArgumentError(
+            f"kv_cache_memory: {budget} bytes hold {num_blocks} blocks of {block_bytes} bytes; at least 2 are needed"
+        )
+    return num_blocks
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """`"auto"` is the first CUDA device, else the CPU."""
+    if str(device) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+    except RuntimeError as error:
+        raise InvalidArgumentError(f"device={device!r}: {str(error).splitlines()[0]}") from error
+    if picked.type not in ("cpu", "cuda"):
+        raise InvalidArgumentError(f"device={device!r}: must be cpu, cuda or auto")
+    if picked.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidArgumentError(f"device={device!r}: no CUDA device is available")
+    return picked
+
+
+def pick_dtype(dtype: str | torch.dtype, stored: object) -> torch.dtype:
+    """`"auto"` is the dtype that config.json names, else float32."""
+    if isinstance(dtype, torch.dtype):
+        name = str(dtype).removeprefix("torch.")
+    else:
+        name = str(stored or "float32").removeprefix("torch.") if dtype == "auto" else dtype
+    if name not in DTYPES:
+        raise InvalidArgumentError(f"dtype={name!r}: must be auto or one of {', '.join(DTYPES)}")
+    return DTYPES[name]

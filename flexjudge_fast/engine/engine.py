@@ -1,0 +1,340 @@
+"""The engine: takes prompts, steps scheduler, model and sampler, and gives completions back."""
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexjudge_fast.engine.completion import Completion, complete
+from flexjudge_fast.engine.config import EngineConfig
+from flexjudge_fast.engine.interrupts import interrupts_held
+from flexjudge_fast.engine.request import Request
+from flexjudge_fast.engine.sampling_params import SamplingParams
+from flexjudge_fast.engine.setup import EngineParts, load_parts
+from flexjudge_fast.engine.stats import EngineStats
+from flexjudge_fast.engine.step import Stepper
+from flexjudge_fast.errors import EngineStateError, InvalidArgumentError, RequestTooLargeError
+from flexjudge_fast.prompts.grammar import AnswerGrammar
+
+Message = Mapping[str, Any]
+PromptLike = str | Sequence[int] | Sequence[Message]
+TextCallback = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class EngineInput:
+    """One prompt for `Engine.run`: token ids, how to sample, and the grammar of the answer, if any."""
+
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    grammar: AnswerGrammar | None = None
+    all_logits: bool = False
+
+
+@dataclass(frozen=True)
+class EngineOutput:
+    """All samples of the input number `index`, or the error that refused it."""
+
+    index: int
+    completions: tuple[Completion, ...] = ()
+    error: Exception | None = None
+    logits: torch.Tensor | None = None  # [num_tokens, vocab_size] float32, for `all_logits`
+
+
+@dataclass
+class _Run:
+    """What one call of `Engine.run` has in flight."""
+
+    open: dict[int, list[Request]] = field(default_factory=dict)  # finished samples, by input index
+    wanted: dict[int, int] = field(default_factory=dict)  # how many samples each input has
+    requests: dict[int, tuple[int, Request]] = field(default_factory=dict)  # live ones, by request id
+    outputs: deque[EngineOutput] = field(default_factory=deque)
+    emitted: dict[tuple[int, int], int] = field(default_factory=dict)  # characters given to the callback
+
+
+class Engine:
+    """Continuous batching over one model. Any number of threads may call it; each call steps for all."""
+
+    def __init__(self, parts: EngineParts) -> None:
+        self._parts = parts
+        self.tokenizer = parts.tokenizer
+        self.max_model_len = parts.max_model_len
+        self._stepper = Stepper(parts.scheduler, parts.runner, self._deliver, self._forked)
+        self._lock = threading.Lock()
+        self._runs: dict[int, _Run] = {}  # request id to the call that waits for it
+        self._cancelled: deque[_Run] = deque()
+        self._next_id = 0
+        self._pid = os.getpid()
+        self._closed = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        quantization: str | None = None,
+        ignore_config: Sequence[str] = (),
+        **limits: Any,
+    ) -> "Engine":
+        """Load a model.
+
+        Args:
+            model: a Hugging Face folder, a hub id, or a `.gguf` file.
+            device: "auto", "cpu", "cuda", "cuda:1".
+            dtype: of activations, KV cache and dense weights; "auto" is the checkpoint's own.
+            quantization: `None` keeps weights as stored; "dequantize" expands them to `dtype` at load.
+            ignore_config: unknown fields of config.json to accept.
+            limits: fields of `EngineConfig`.
+        """
+        unknown = set(limits) - set(EngineConfig.__dataclass_fields__)
+        if unknown:
+            known = ", ".join(EngineConfig.__dataclass_fields__)
+            raise InvalidArgumentError(f"unknown argument {min(unknown)!r}; engine limits are: {known}")
+        config = EngineConfig(**limits)
+        return cls(load_parts(model, device, dtype, quantization, ignore_config, config))
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """Model path, hash of its weights, and the version of this engine."""
+        from flexjudge_fast import __version__
+
+        checkpoint = self._parts.checkpoint
+        return {
+            "model": str(checkpoint.path),
+            "weights_hash": checkpoint.weights_hash(),
+            "dtype": str(self._parts.runner.model.dtype).removeprefix("torch."),
+            "engine_version": __version__,
+        }
+
+    def generate(
+        self, prompts: Sequence[PromptLike], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Completion]:
+        """Complete prompts.
+
+        Args:
+            prompts: each a string (the caller's own: control tokens in it count), token ids, or chat
+                messages (whose contents never become control tokens).
+            params: for all prompts, or one for each.
+
+        Returns:
+            The completions in the prompts' order; with `n` > 1, the `n` samples of a prompt together.
+        """
+        if isinstance(prompts, str):
+            raise InvalidArgumentError("prompts: a list of prompts is expected, not one string")
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise InvalidArgumentError(f"params: {len(params)} given for {len(prompts)} prompts")
+        inputs = [EngineInput(self.encode(p), q) for p, q in zip(prompts, params, strict=True)]
+        outputs: dict[int, EngineOutput] = {}
+        for item in inputs:
+            self._check_size(item)
+        for output in self.run(inputs):
+            outputs[output.index] = _raised(output)
+        return [completion for i in range(len(inputs)) for completion in outputs[i].completions]
+
+    def logits(self, prompt: PromptLike) -> torch.Tensor:
+        """The logits after every token of `prompt`, [num_tokens, vocab_size] float32, on the CPU."""
+        item = EngineInput(self.encode(prompt), SamplingParams(max_tokens=1), all_logits=True)
+        (output,) = self.run([item])
+        logits = _raised(output).logits
+        assert logits is not None
+        return logits
+
+    def encode(self, prompt: PromptLike) -> tuple[int, ...]:
+        """Token ids of a prompt in any of the three forms."""
+        if isinstance(prompt, str):
+            ids: Sequence[int] = self.tokenizer.encode_raw(prompt)
+        elif prompt and isinstance(prompt[0], Mapping):
+            segments = self._parts.chat_template.render(prompt)
+            ids = self.tokenizer.encode_prompt(segments)
+        else:
+            ids = prompt  # type: ignore[assignment]
+        vocab = self._parts.runner.model.config.vocab_size
+        for token_id in ids:
+            if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab:
+                raise InvalidArgumentError(f"prompt: {token_id!r} is not a token id below {vocab}")
+        if not ids:
+            raise InvalidArgumentError("prompt: it is empty")
+        return tuple(ids)
+
+    def run(
+        self, inputs: Iterable[EngineInput], on_text: TextCallback | None = None, window: int | None = None
+    ) -> Iterator[EngineOutput]:
+        """Work through inputs and yield each one's output as soon as it is finished.
+
+        Inputs are drawn lazily, `window` ahead, so an endless iterable is fine. Leaving the iterator early
+        cancels what is in flight. An input that cannot run yields an output with its `error`.
+
+        Args:
+            on_text: called with (input index, sample index, new text) after each step.
+        """
+        self._check_usable()
+        run = _Run()
+        source = iter(enumerate(inputs))
+        window = window or 2 * self._parts.scheduler.limits.max_num_seqs
+        exhausted = False
+        try:
+            while True:
+                while not exhausted and len(run.open) < window:
+                    entry = next(source, None)
+                    exhausted = entry is None
+                    if entry is not None:
+                        self._submit(run, *entry)
+                if run.open and not run.outputs:
+                    self._step()
+                if on_text is not None:
+                    _emit(run, on_text)
+                while run.outputs:
+                    yield run.outputs.popleft()
+                if exhausted and not run.open and not run.outputs:
+                    return
+        finally:
+            self._cancel(run)
+
+    def stats(self) -> EngineStats:
+        """Blocks, queues, cache hits and tokens computed so far."""
+        with self._lock:
+            self._drop_cancelled()
+            return self._stepper.stats()
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if the KV blocks are not accounted for to the last one."""
+        with self._lock:
+            self._drop_cancelled()
+            self._parts.scheduler.check_integrity()
+
+    def close(self) -> None:
+        """Refuse further calls and drop the model's memory."""
+        self._closed = True
+        self._parts.runner.release()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise EngineStateError("this engine is closed")
+        if os.getpid() != self._pid:
+            raise EngineStateError(
+                f"this engine was made in process {self._pid} and cannot be used in its fork {os.getpid()}; "
+                "load the model in the process that uses it"
+            )
+
+    def _check_size(self, item: EngineInput) -> None:
+        """Refuse what can never run, with the numbers."""
+        size = self._parts.scheduler.limits.block_size
+        room = min(self.max_model_len, (self._parts.scheduler.pool.num_blocks - 1) * size)
+        need = len(item.prompt) + (0 if item.all_logits else 1)
+        if item.grammar is not None:
+            need += item.grammar.start().reserve()
+        if need > room:
+            raise RequestTooLargeError(
+                f"the prompt has {len(item.prompt)} tokens and needs room for {need}; the context holds "
+                f"{self.max_model_len}, the KV cache {room} for one sequence"
+            )
+
+    def _submit(self, run: _Run, index: int, item: EngineInput) -> None:
+        try:
+            self._check_size(item)
+        except RequestTooLargeError as error:
+            run.outputs.append(EngineOutput(index, error=error))
+            return
+        params, parts = item.params, self._parts
+        room = min(self.max_model_len, (parts.scheduler.pool.num_blocks - 1) * parts.scheduler.limits.block_size)
+        eos = frozenset() if params.ignore_eos else parts.eos_ids
+        with self._lock:
+            request = Request(
+                id=self._new_id(),
+                prompt=item.prompt,
+                params=params,
+                text=self.tokenizer,
+                stop_ids=eos | frozenset(params.stop_token_ids),
+                max_len=min(room, len(item.prompt) + params.max_tokens),
+                grammar=None if item.grammar is None else item.grammar.start(),
+                all_logits=item.all_logits,
+                samples=params.n,
+            )
+            run.open[index] = []
+            run.wanted[index] = params.n
+            self._track(run, index, request)
+            parts.scheduler.add(request)
+
+    def _new_id(self) -> int:
+        self._next_id += 1
+        return self._next_id
+
+    def _track(self, run: _Run, index: int, request: Request) -> None:
+        self._runs[request.id] = run
+        run.requests[request.id] = (index, request)
+
+    def _forked(self, parent: Request, child: Request) -> None:
+        """The stepper made another sample: it belongs to the same input."""
+        child.id = self._new_id()
+        if child.probe is None:
+            run = self._runs[parent.id]
+            self._track(run, run.requests[parent.id][0], child)
+
+    def _deliver(self, request: Request) -> None:
+        """The stepper finished a sample; the input's output is ready with the last one."""
+        run = self._runs.pop(request.id)
+        index, _ = run.requests[request.id]
+        run.open[index].append(request)
+        if len(run.open[index]) == run.wanted[index]:
+            samples = sorted(run.open.pop(index), key=lambda r: r.sample_index)
+            logits = torch.cat(request.logits) if request.logits else None
+            completions = tuple(complete(r) for r in samples)
+            run.outputs.append(EngineOutput(index, completions, completions[0].error, logits))
+
+    def _step(self) -> None:
+        with self._lock, interrupts_held():
+            self._drop_cancelled()
+            if self._parts.scheduler.waiting or self._parts.scheduler.running:
+                self._stepper.step()
+
+    def _cancel(self, run: _Run) -> None:
+        """Give back what a left or finished call still holds: now, or before the next step."""
+        # A generator may be closed by the garbage collector inside a step of this very thread, so this
+        # never waits for the lock.
+        if any(request_id in self._runs for request_id in run.requests):
+            self._cancelled.append(run)
+            if self._lock.acquire(blocking=False):
+                try:
+                    self._drop_cancelled()
+                finally:
+                    self._lock.release()
+
+    def _drop_cancelled(self) -> None:
+        while self._cancelled:
+            for request_id, (_, request) in self._cancelled.popleft().requests.items():
+                if self._runs.pop(request_id, None) is not None:
+                    self._stepper.cancel(request)
+
+
+def _raised(output: EngineOutput) -> EngineOutput:
+    if output.error is not None:
+        raise output.error
+    return output
+
+
+def _emit(run: _Run, on_text: TextCallback) -> None:
+    """Give the callback what is new and complete: a character cut in two waits for its rest."""
+    for request_id in list(run.requests):
+        index, request = run.requests[request_id]
+        text = request.output.decode("utf-8", errors="ignore" if request.finish_reason is None else "replace")
+        key = (index, request.sample_index)
+        if len(text) > run.emitted.get(key, 0):
+            new = text[run.emitted.get(key, 0) :]
+            run.emitted[key] = len(text)
+            on_text(index, request.sample_index, new)
+        if request.finish_reason is not None:
+            del run.requests[request_id]

@@ -1,0 +1,41 @@
+"""Runs the model on a batch and owns the KV cache's memory."""
+
+import torch
+
+from flexjudge_fast.engine.batch import Batch
+from flexjudge_fast.engine.input_buffers import InputBuffers
+from flexjudge_fast.models.config import DecoderConfig
+from flexjudge_fast.models.decoder import Decoder
+from flexjudge_fast.ops.kv_cache import copy_blocks
+
+
+class ModelRunner:
+    """`run(batch)` copies forked blocks, runs every layer, and gives the logits the batch asks for."""
+
+    def __init__(
+        self, model: Decoder, num_blocks: int, block_size: int, buffers: InputBuffers, device: torch.device
+    ) -> None:
+        config = model.config
+        self.model = model
+        self.buffers = buffers
+        self.num_forward_tokens = 0
+        shape = (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        self.cache = torch.empty(shape, dtype=model.dtype, device=device)  # only written slots are ever read
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> torch.Tensor:
+        """Returns [num_rows, vocab_size] float32, the chunks' `logit_positions` in order."""
+        inputs = self.buffers.fill(batch)
+        copy_blocks(self.cache, batch.block_copies)
+        hidden = self.model.forward(inputs.token_ids, inputs.attention, self.cache)
+        self.num_forward_tokens += batch.num_tokens
+        return self.model.logits(hidden[inputs.logit_rows])
+
+    def release(self) -> None:
+        """Drop weights and cache; the runner can't run any more."""
+        del self.model, self.cache
+
+
+def kv_bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
+    """Bytes of keys and values that one token takes over all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize

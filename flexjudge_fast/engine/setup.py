@@ -1,0 +1,83 @@
+"""Puts an engine together: checkpoint, tokenizer, model, KV cache, scheduler."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from flexjudge_fast.engine.config import EngineConfig, num_kv_blocks, pick_device, pick_dtype
+from flexjudge_fast.engine.input_buffers import InputBuffers
+from flexjudge_fast.engine.model_runner import ModelRunner, kv_bytes_per_token
+from flexjudge_fast.engine.scheduler import Scheduler, SchedulerLimits
+from flexjudge_fast.errors import CheckpointError, InvalidArgumentError
+from flexjudge_fast.models.registry import load_model
+from flexjudge_fast.prompts.chat_template import ChatTemplate
+from flexjudge_fast.prompts.tokenizer import Tokenizer
+from flexjudge_fast.weights.checkpoint import Checkpoint, open_checkpoint
+
+
+@dataclass(frozen=True)
+class EngineParts:
+    """Everything an `Engine` is made of."""
+
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate
+    eos_ids: frozenset[int]
+    max_model_len: int
+    scheduler: Scheduler
+    runner: ModelRunner
+
+
+def load_parts(
+    model: str | Path,
+    device: str | torch.device,
+    dtype: str | torch.dtype,
+    quantization: str | None,
+    ignore_config: Sequence[str],
+    config: EngineConfig,
+) -> EngineParts:
+    """Load a checkpoint and size everything around it."""
+    if quantization not in (None, "dequantize"):
+        raise InvalidArgumentError(f'quantization={quantization!r}: must be None or "dequantize"')
+    where = pick_device(device)
+    checkpoint = open_checkpoint(model)
+    picked = pick_dtype(dtype, checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
+    limit = checkpoint.config.get("max_position_embeddings")
+    max_len = config.max_model_len or limit
+    if config.max_model_len and limit and config.max_model_len > limit:
+        raise InvalidArgumentError(f"max_model_len={config.max_model_len}: the checkpoint's limit is {limit}")
+    tokenizer = Tokenizer(checkpoint.tokenizer_json(), checkpoint.tokenizer_config)
+    network = load_model(checkpoint, picked, where, max_len, quantization == "dequantize", ignore_config)
+    checkpoint.start_hashing()
+    max_len = max_len or network.config.max_positions
+    block_bytes = config.block_size * kv_bytes_per_token(network.config, picked)
+    num_blocks = num_kv_blocks(config, block_bytes, max_len, where)
+    max_blocks = -(-max_len // config.block_size) + 1
+    buffers = InputBuffers(
+        config.max_batched_tokens, config.max_num_seqs, max_blocks, config.block_size, where
+    )
+    limits = SchedulerLimits(
+        config.block_size, config.max_batched_tokens, config.max_num_seqs, config.prefix_caching
+    )
+    return EngineParts(
+        checkpoint=checkpoint,
+        tokenizer=tokenizer,
+        chat_template=ChatTemplate(checkpoint.tokenizer_config.get("chat_template"), checkpoint.tokenizer_config),
+        eos_ids=_eos_ids(checkpoint, tokenizer),
+        max_model_len=max_len,
+        scheduler=Scheduler(limits, num_blocks),
+        runner=ModelRunner(network, num_blocks, config.block_size, buffers, where),
+    )
+
+
+def _eos_ids(checkpoint: Checkpoint, tokenizer: Tokenizer) -> frozenset[int]:
+    """Every id that ends a turn: of generation_config.json, config.json and the tokenizer."""
+    found: set[int] = set(tokenizer.eos_ids)
+    for source in (checkpoint.generation_config, checkpoint.config):
+        value = source.get("eos_token_id")
+        found.update([value] if isinstance(value, int) else value or [])
+    if any(isinstance(i, bool) or not isinstance(i, int) for i in found):
+        raise CheckpointError(f"{checkpoint.path}: eos_token_id is not an integer or a list of integers")
+    return frozenset(found)

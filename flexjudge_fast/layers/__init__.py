@@ -1,0 +1,1 @@
+"""Building blocks that models share: linear, embedding, norm, rotary, attention, MLP."""

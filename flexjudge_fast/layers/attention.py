@@ -1,0 +1,53 @@
+"""Self-attention over the paged KV cache."""
+
+from dataclasses import dataclass
+
+import torch
+
+from flexjudge_fast.layers.linear import Linear
+from flexjudge_fast.ops.kv_cache import write_kv
+from flexjudge_fast.ops.paged_attention import paged_attention
+from flexjudge_fast.ops.rotary_embedding import rotary_embedding
+
+
+@dataclass(frozen=True)
+class AttentionInput:
+    """Where the tokens of one step live. Filled per step by `engine.input_buffers`."""
+
+    positions: torch.Tensor  # [num_tokens] int64
+    slot_mapping: torch.Tensor  # [num_tokens] int64
+    block_tables: torch.Tensor  # [num_seqs, max_blocks] int64
+    query_start: list[int]  # num_seqs + 1 offsets
+    context_lens: list[int]  # num_seqs, new tokens included
+
+
+class Attention:
+    """Fused q/k/v projection, RoPE, cache write, GQA attention, output projection."""
+
+    def __init__(self, qkv: Linear, out: Linear, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+        self.qkv = qkv
+        self.out = out
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        cache: torch.Tensor,
+        inputs: AttentionInput,
+    ) -> torch.Tensor:
+        """x: [num_tokens, hidden]; cache: one layer's [2, num_blocks, block_size, num_kv_heads, head_dim]."""
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [num_tokens, q + k + v heads, head_dim]
+        query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        write_kv(rotary_embedding(key, *cos_sin), value, cache, inputs.slot_mapping)
+        attended = paged_attention(
+            rotary_embedding(query, *cos_sin),
+            cache,
+            inputs.block_tables,
+            inputs.query_start,
+            inputs.context_lens,
+            self.head_dim**-0.5,
+        )
+        return self.out(attended.flatten(1))

@@ -1,0 +1,20 @@
+"""RMSNorm layer."""
+
+import torch
+
+from flexjudge_fast.ops.rms_norm import add_rms_norm, rms_norm
+
+
+class RMSNorm:
+    """Root mean square norm with a learned weight [hidden]."""
+
+    def __init__(self, weight: torch.Tensor, eps: float) -> None:
+        self.weight = weight
+        self.eps = eps
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns `(norm(residual + x), residual + x)`."""
+        return add_rms_norm(x, residual, self.weight, self.eps)

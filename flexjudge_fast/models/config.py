@@ -1,0 +1,175 @@
+"""Reads the `config.json` of a decoder into a typed `DecoderConfig`; refuses what it would have to guess."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flexjudge_fast.errors import UnsupportedCheckpointError
+from flexjudge_fast.layers.rotary import RopeConfig
+
+_MATHS = frozenset(
+    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "vocab_size rms_norm_eps rope_theta rope_scaling rope_parameters max_position_embeddings "
+    "tie_word_embeddings hidden_act attention_bias mlp_bias use_sliding_window layer_types".split()
+)
+# Fields of published checkpoints that do not change the logits of a dense decoder.
+_HARMLESS = frozenset(
+    "architectures model_type dtype torch_dtype transformers_version use_cache initializer_range "
+    "bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id attention_dropout pretraining_tp "
+    "max_window_layers sliding_window _name_or_path name_or_path return_dict output_hidden_states "
+    "output_attentions is_llama_config rope_interleaved transformers.js_config "
+    "chunk_size_feed_forward is_encoder_decoder id2label label2id problem_type "
+    "tokenizer_class task_specific_params".split()
+)
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "factors")
+_ROPE_FIELDS = frozenset(
+    "rope_type type rope_theta factor original_max_position_embeddings low_freq_factor high_freq_factor "
+    "beta_fast beta_slow attention_factor mscale mscale_all_dim truncate factors finetuned".split()
+)
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A Llama-like decoder: sizes in elements, lengths in tokens."""
+
+    architecture: str
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    rms_norm_eps: float
+    max_positions: int
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    out_bias: bool
+    mlp_bias: bool
+    rope: RopeConfig
+
+
+def read_decoder_config(config: Mapping[str, Any], ignore: Collection[str] = ()) -> DecoderConfig:
+    """Translate an HF config.
+
+    Args:
+        config: the parsed `config.json`.
+        ignore: names of unknown fields to accept unseen.
+
+    Raises:
+        UnsupportedCheckpointError: a field is missing, unknown, or asks for other maths.
+    """
+    _refuse_unknown(config, ignore)
+    architecture = _architecture(config)
+    is_qwen2 = architecture == "Qwen2ForCausalLM"
+    num_heads = _positive(config, "num_attention_heads")
+    num_kv_heads = _positive(config, "num_key_value_heads", num_heads)
+    hidden = _positive(config, "hidden_size")
+    head_dim = _positive(config, "head_dim", hidden // num_heads)
+    if num_heads % num_kv_heads:
+        raise UnsupportedCheckpointError(
+            f"config: num_attention_heads={num_heads} is no multiple of num_key_value_heads={num_kv_heads}"
+        )
+    if head_dim % 2:
+        raise UnsupportedCheckpointError(f"config field head_dim: {head_dim} is odd, RoPE needs pairs")
+    _require(config, "hidden_act", "silu")
+    if is_qwen2:
+        _require(config, "use_sliding_window", False)
+    if any(kind != "full_attention" for kind in config.get("layer_types") or ()):
+        raise UnsupportedCheckpointError("config field layer_types: only full_attention is supported")
+    attention_bias = bool(config.get("attention_bias", False))
+    max_positions = _positive(config, "max_position_embeddings")
+    return DecoderConfig(
+        architecture=architecture,
+        hidden_size=hidden,
+        intermediate_size=_positive(config, "intermediate_size"),
+        num_layers=_positive(config, "num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        vocab_size=_positive(config, "vocab_size"),
+        rms_norm_eps=float(_field(config, "rms_norm_eps")),
+        max_positions=max_positions,
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=is_qwen2 or attention_bias,
+        out_bias=not is_qwen2 and attention_bias,
+        mlp_bias=not is_qwen2 and bool(config.get("mlp_bias", False)),
+        rope=_read_rope(config, head_dim, max_positions),
+    )
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    names = config.get("architectures") or []
+    if len(names) != 1 or names[0] not in ("LlamaForCausalLM", "Qwen2ForCausalLM"):
+        raise UnsupportedCheckpointError(
+            f"config field architectures: {names!r} is not supported "
+            "(this version runs LlamaForCausalLM and Qwen2ForCausalLM)"
+        )
+    return str(names[0])
+
+
+def _refuse_unknown(config: Mapping[str, Any], ignore: Collection[str]) -> None:
+    for name, value in config.items():
+        if name in _MATHS or name in _HARMLESS or name in ignore or value is None or value is False:
+            continue
+        if name == "quantization_config":
+            method = value.get("quant_method") if isinstance(value, Mapping) else value
+            raise UnsupportedCheckpointError(f"config field quantization_config: {method!r} is not supported")
+        raise UnsupportedCheckpointError(
+            f"config field {name}={value!r} is unknown and may change the maths; "
+            f"pass ignore_config=[{name!r}] if it does not"
+        )
+
+
+def _read_rope(config: Mapping[str, Any], head_dim: int, max_positions: int) -> RopeConfig:
+    rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
+    for name in rope:
+        if name not in _ROPE_FIELDS and rope[name] is not None:
+            raise UnsupportedCheckpointError(f"config field rope_parameters.{name} is unknown")
+    rope_type = str(rope.get("rope_type") or rope.get("type") or "default")
+    if rope_type not in _ROPE_TYPES:
+        raise UnsupportedCheckpointError(
+            f"config field rope_parameters.rope_type: {rope_type!r} is not one of {', '.join(_ROPE_TYPES)}"
+        )
+    needed = {"linear": ("factor",), "yarn": ("factor",), "factors": ("factors",)}
+    needed["llama3"] = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    for name in needed.get(rope_type, ()):
+        if rope.get(name) is None:
+            raise UnsupportedCheckpointError(f"config field rope_parameters.{name} is missing for {rope_type}")
+    numbers = {
+        name: float(rope[name])
+        for name in (
+            "factor low_freq_factor high_freq_factor beta_fast beta_slow attention_factor mscale mscale_all_dim"
+        ).split()
+        if rope.get(name) is not None
+    }
+    return RopeConfig(
+        head_dim=head_dim,
+        theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+        max_positions=max_positions,
+        rope_type=rope_type,
+        original_max_positions=int(rope.get("original_max_position_embeddings") or max_positions),
+        truncate=bool(rope.get("truncate", True)),
+        factors=tuple(float(f) for f in rope.get("factors") or ()),
+        **numbers,
+    )
+
+
+def _field(config: Mapping[str, Any], name: str) -> Any:
+    if config.get(name) is None:
+        raise UnsupportedCheckpointError(f"config field {name} is missing")
+    return config[name]
+
+
+def _positive(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    value = config.get(name)
+    if value is None:
+        value = default if default is not None else _field(config, name)
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise UnsupportedCheckpointError(f"config field {name}: {value!r} is not a positive integer")
+    return value
+
+
+def _require(config: Mapping[str, Any], name: str, wanted: Any) -> None:
+    if config.get(name, wanted) != wanted:
+        raise UnsupportedCheckpointError(f"config field {name}: {config[name]!r}, only {wanted!r} is supported")

@@ -1,0 +1,92 @@
+"""The pre-norm decoder that Llama and Qwen2 share: embeddings, blocks, final norm, LM head."""
+
+from dataclasses import dataclass
+
+import torch
+
+from flexjudge_fast.layers.attention import Attention, AttentionInput
+from flexjudge_fast.layers.embedding import Embedding
+from flexjudge_fast.layers.linear import Linear
+from flexjudge_fast.layers.mlp import GatedMLP
+from flexjudge_fast.layers.norm import RMSNorm
+from flexjudge_fast.layers.rotary import Rotary
+from flexjudge_fast.models.config import DecoderConfig
+from flexjudge_fast.models.loader import TensorLoader
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """Attention and MLP, each behind a norm, each added to the residual stream."""
+
+    input_norm: RMSNorm
+    attention: Attention
+    post_norm: RMSNorm
+    mlp: GatedMLP
+
+
+class Decoder:
+    """A Llama-like language model.
+
+    `forward` gives hidden states, `logits` turns the rows that are needed into float32 logits.
+    """
+
+    def __init__(self, config: DecoderConfig, load: TensorLoader, max_len: int) -> None:
+        self.config = config
+        self.dtype = load.dtype
+        table = (config.vocab_size, config.hidden_size)
+        self.embed = Embedding(load.weight("model.embed_tokens.weight", table), load.dtype)
+        self.rotary = Rotary(config.rope, max_len, load.dtype, load.device)
+        self.layers = [_load_layer(config, load, f"model.layers.{i}.") for i in range(config.num_layers)]
+        self.norm = RMSNorm(load.vector("model.norm.weight", config.hidden_size), config.rms_norm_eps)
+        head = self.embed.weight if config.tie_word_embeddings else load.weight("lm_head.weight", table)
+        self.lm_head = Linear([head])
+
+    def forward(self, token_ids: torch.Tensor, inputs: AttentionInput, cache: torch.Tensor) -> torch.Tensor:
+        """Run every layer.
+
+        Args:
+            token_ids: [num_tokens] int64.
+            inputs: where the tokens live.
+            cache: [num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim], written in place.
+
+        Returns:
+            [num_tokens, hidden], after the final norm.
+        """
+        residual = self.embed(token_ids)  # [num_tokens, hidden]
+        x = self.layers[0].input_norm(residual)
+        cos_sin = self.rotary(inputs.positions)
+        norms = [layer.input_norm for layer in self.layers[1:]] + [self.norm]
+        for layer, layer_cache, next_norm in zip(self.layers, cache, norms, strict=True):
+            x = layer.attention(x, cos_sin, layer_cache, inputs)
+            x, residual = layer.post_norm.add(x, residual)
+            x, residual = next_norm.add(layer.mlp(x), residual)
+        return x
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[num_rows, hidden] to [num_rows, vocab_size] float32."""
+        return self.lm_head(hidden).float()
+
+
+def _load_layer(config: DecoderConfig, load: TensorLoader, prefix: str) -> DecoderLayer:
+    attention, mlp = prefix + "self_attn.", prefix + "mlp."
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    qkv_names = [attention + name for name in ("q_proj", "k_proj", "v_proj")]
+    gate_up_names = [mlp + "gate_proj", mlp + "up_proj"]
+    return DecoderLayer(
+        input_norm=RMSNorm(load.vector(prefix + "input_layernorm.weight", hidden), config.rms_norm_eps),
+        attention=Attention(
+            load.linear(qkv_names, [q_size, kv_size, kv_size], hidden, config.qkv_bias),
+            load.linear([attention + "o_proj"], [hidden], q_size, config.out_bias),
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+        ),
+        post_norm=RMSNorm(
+            load.vector(prefix + "post_attention_layernorm.weight", hidden), config.rms_norm_eps
+        ),
+        mlp=GatedMLP(
+            load.linear(gate_up_names, [intermediate, intermediate], hidden, config.mlp_bias),
+            load.linear([mlp + "down_proj"], [hidden], intermediate, config.mlp_bias),
+        ),
+    )

@@ -1,0 +1,64 @@
+"""Takes a model's tensors out of a checkpoint: names, shapes and finiteness checked, dtype and device set."""
+
+from collections.abc import Sequence
+
+import torch
+
+from flexjudge_fast.errors import CheckpointError
+from flexjudge_fast.layers.linear import Linear
+from flexjudge_fast.weights.checkpoint import Checkpoint
+from flexjudge_fast.weights.tensor import DenseTensor, Weight
+
+_CHECK_ROWS = 4096  # rows looked at together when a weight is checked for NaN
+
+
+class TensorLoader:
+    """Reads tensors by name from `checkpoint`; `expand` turns quantised weights into dense ones."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, expand: bool = False
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self.device = device
+        self.expand = expand
+
+    def weight(self, name: str, shape: tuple[int, ...]) -> Weight:
+        """The tensor `name`; dense ones come in the loader's dtype.
+
+        Raises:
+            CheckpointError: the tensor is missing, has another shape, or holds NaN or infinity.
+        """
+        weight = self.checkpoint.tensor(name)
+        if tuple(weight.shape) != shape:
+            raise CheckpointError(
+                f"{self.checkpoint.path}: tensor {name} has shape {tuple(weight.shape)}, "
+                f"config.json asks for {shape}"
+            )
+        if isinstance(weight, DenseTensor) or self.expand:
+            weight = DenseTensor(weight.to_dense(self.dtype))
+        if not _is_finite(weight):
+            raise CheckpointError(f"{self.checkpoint.path}: tensor {name} holds NaN or infinite values")
+        return weight.to(self.device)
+
+    def vector(self, name: str, size: int) -> torch.Tensor:
+        """A norm weight or bias, [size], in the loader's dtype."""
+        return self.weight(name, (size,)).to_dense(self.dtype)
+
+    def linear(self, names: Sequence[str], sizes: Sequence[int], in_features: int, bias: bool) -> Linear:
+        """One layer out of `names[i] + ".weight"` [sizes[i], in_features], side by side, and their biases."""
+        pairs = list(zip(names, sizes, strict=True))
+        weights = [self.weight(name + ".weight", (size, in_features)) for name, size in pairs]
+        biases = torch.cat([self.vector(name + ".bias", size) for name, size in pairs]) if bias else None
+        return Linear(weights, biases)
+
+
+def _is_finite(weight: Weight) -> bool:
+    """No NaN or infinity in any row; expanded a few rows at a time, so that memory stays small."""
+    if isinstance(weight, DenseTensor):
+        return bool(torch.isfinite(weight.data).all())
+    num_rows = weight.shape[0]
+    return all(
+        bool(torch.isfinite(weight.rows(i, min(i + _CHECK_ROWS, num_rows)).to_dense(torch.float32)).all())
+        for i in range(0, num_rows, _CHECK_ROWS)
+    )

