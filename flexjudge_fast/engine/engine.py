@@ -100,6 +100,11 @@ class Engine:
         return cls(load_parts(model, device, dtype, quantization, ignore_config, config))
 
     @property
+    def stop_ids(self) -> frozenset[int]:
+        """The tokens by which the model ends its turn."""
+        return self._parts.eos_ids
+
+    @property
     def provenance(self) -> dict[str, str]:
         """Model path, hash of its weights, and the version of this engine."""
         from flexjudge_fast import __version__

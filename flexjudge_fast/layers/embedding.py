@@ -16,7 +16,5 @@ class Embedding:
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         """token_ids: [num_tokens] int64. Returns [num_tokens, hidden] in the model's dtype."""
         if isinstance(self.weight, QuantTensor):
-            return quantized_embedding(
-                token_ids, self.weight.blocks, self.weight.format.name, self.weight.shape[1], self.dtype
-            )
+            return quantized_embedding(token_ids, self.weight.blocks, self.weight.format.name, self.dtype)
         return embedding(token_ids, self.weight.data)

@@ -33,8 +33,8 @@ class Linear:
 
 def _apply(x: torch.Tensor, weight: Weight) -> torch.Tensor:
     if isinstance(weight, QuantTensor):
-        return quantized_linear(x, weight.blocks, weight.format.name, None)
-    return linear(x, weight.data, None)
+        return quantized_linear(x, weight.blocks, weight.format.name)
+    return linear(x, weight.data)
 
 
 def _merge(weights: Sequence[Weight]) -> list[Weight]:

@@ -1,0 +1,249 @@
+"""The judge: instructions and responses in, verdicts out."""
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flexjudge_fast.engine.completion import Completion
+from flexjudge_fast.engine.engine import Engine, EngineInput, EngineOutput
+from flexjudge_fast.engine.sampling_params import SamplingParams
+from flexjudge_fast.errors import FlexJudgeError, InvalidArgumentError, UnsupportedMediaError
+from flexjudge_fast.prompts.builder import build_messages
+from flexjudge_fast.prompts.grammar import AnswerGrammar
+from flexjudge_fast.prompts.judgement import Judgement, Response
+from flexjudge_fast.prompts.templates import PromptTemplate, load_template
+from flexjudge_fast.tally import read_vote, tally
+from flexjudge_fast.verdict import Provenance, Usage, Verdict, VerdictTimings
+
+ResponseLike = str | Response
+Stream = Callable[["TextEvent"], None]
+
+
+@dataclass(frozen=True)
+class TextEvent:
+    """New text of one vote: which judgement (by index), which order of responses, which sample."""
+
+    index: int
+    order: tuple[int, ...]
+    sample: int
+    text: str
+
+
+@dataclass
+class _Open:
+    """A judgement in flight: its orders, and what the engine has given back for them."""
+
+    index: int
+    judgement: Judgement
+    template: PromptTemplate
+    orders: list[tuple[int, ...]]
+    outputs: dict[int, EngineOutput] = field(default_factory=dict)
+
+
+class Judge:
+    """Judges with one model. Safe to call from several threads; their work is batched together."""
+
+    def __init__(self, engine: Engine, template: str | Path | None = None) -> None:
+        self.engine = engine
+        self.template = load_template(template)
+        self._templates: dict[str, PromptTemplate] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        device: str = "auto",
+        dtype: str = "auto",
+        quantization: str | None = None,
+        template: str | Path | None = None,
+        ignore_config: Sequence[str] = (),
+        **limits: Any,
+    ) -> "Judge":
+        """Load a judge.
+
+        Args:
+            model: a Hugging Face folder, a hub id, or a `.gguf` file.
+            template: a TOML file with the wording of the prompts; the built-in one when `None`.
+            device, dtype, quantization, ignore_config, limits: see `Engine.from_pretrained`.
+        """
+        engine = Engine.from_pretrained(model, device, dtype, quantization, ignore_config, **limits)
+        return cls(engine, template)
+
+    def score(self, instruction: str, response: ResponseLike, *, stream: Stream | None = None, **options: Any) -> Verdict:
+        """Score one response. `options` are fields of `Judgement`, for all four calls."""
+        return self._one(Judgement("score", instruction, (response,), **options), stream)
+
+    def compare(
+        self, instruction: str, responses: Sequence[ResponseLike], *, stream: Stream | None = None, **options: Any
+    ) -> Verdict:
+        """Score two responses side by side; the higher score wins, equal scores tie."""
+        return self._one(Judgement("pair", instruction, tuple(responses), **options), stream)
+
+    def rank(
+        self, instruction: str, responses: Sequence[ResponseLike], *, stream: Stream | None = None, **options: Any
+    ) -> Verdict:
+        """Score two or more responses, no two alike."""
+        return self._one(Judgement("rank", instruction, tuple(responses), **options), stream)
+
+    def choose(
+        self, instruction: str, responses: Sequence[ResponseLike], *, stream: Stream | None = None, **options: Any
+    ) -> Verdict:
+        """Choose between two responses: either is better, both are good, or both are bad."""
+        return self._one(Judgement("choice", instruction, tuple(responses), **options), stream)
+
+    def run(
+        self,
+        judgements: Iterable[Judgement],
+        *,
+        stream: Stream | None = None,
+        progress: bool = False,
+    ) -> Iterator[Verdict]:
+        """Work through judgements; each verdict comes as soon as it is reached, `index` says whose it is.
+
+        Judgements are drawn lazily and computed side by side. One that cannot be judged yields a verdict
+        with `finish_reason="error"`; the others go on.
+        """
+        verdicts = self._verdicts(judgements, stream)
+        if not progress:
+            return verdicts
+        from flexjudge_fast.progress import with_progress
+
+        total = len(judgements) if isinstance(judgements, Sequence) else None
+        return with_progress(verdicts, total)
+
+    def _one(self, judgement: Judgement, stream: Stream | None) -> Verdict:
+        self._inputs(judgement)  # raises what is wrong with it, here and now
+        (verdict,) = self._verdicts([judgement], stream, reraise=True)
+        return verdict
+
+    def _verdicts(
+        self, judgements: Iterable[Judgement], stream: Stream | None, reraise: bool = False
+    ) -> Iterator[Verdict]:
+        places: dict[int, tuple[_Open, int]] = {}  # engine input index to judgement and order
+        failed: list[Verdict] = []
+
+        def inputs() -> Iterator[EngineInput]:
+            count = 0
+            for index, judgement in enumerate(judgements):
+                try:
+                    opened, items = self._inputs(judgement, index)
+                except FlexJudgeError as error:
+                    failed.append(_error_verdict(judgement, index, error))
+                    continue
+                for place, item in enumerate(items):
+                    places[count] = (opened, place)
+                    count += 1
+                    yield item
+
+        def on_text(index: int, sample: int, text: str) -> None:
+            assert stream is not None
+            opened, place = places[index]
+            stream(TextEvent(opened.index, opened.orders[place], sample, text))
+
+        outputs = self.engine.run(inputs(), on_text if stream is not None else None)
+        try:
+            for output in outputs:
+                yield from _drain(failed)
+                opened, place = places.pop(output.index)
+                opened.outputs[place] = output
+                if len(opened.outputs) == len(opened.orders):
+                    yield self._verdict(opened, reraise)
+            yield from _drain(failed)
+        finally:
+            outputs.close()  # type: ignore[attr-defined]
+
+    def _inputs(self, judgement: Judgement, index: int = 0) -> tuple[_Open, list[EngineInput]]:
+        """The engine inputs of a judgement, one per order of its responses."""
+        if not isinstance(judgement, Judgement):
+            raise InvalidArgumentError(f"judgement {index}: expected a Judgement, got {type(judgement).__name__}")
+        if judgement.media:
+            kinds = ", ".join(sorted({item.kind for item in judgement.media}))
+            raise UnsupportedMediaError(f"the loaded model reads text only; the judgement holds: {kinds}")
+        template = self._template(judgement)
+        answer_format = judgement.format
+        grammar = None
+        if judgement.guided == "on":
+            grammar = AnswerGrammar(
+                self.engine.tokenizer, answer_format, judgement.max_think_tokens, self.engine.stop_ids
+            )
+        params = SamplingParams(
+            temperature=judgement.temperature,
+            top_p=judgement.top_p,
+            seed=judgement.seed,
+            n=judgement.votes,
+            max_tokens=judgement.max_tokens,
+        )
+        orders = _orders(judgement)
+        items = []
+        for order in orders:
+            prompt = self.engine.encode(build_messages(judgement, template, order))
+            items.append(EngineInput(prompt, params, grammar))
+        return _Open(index, judgement, template, orders), items
+
+    def _template(self, judgement: Judgement) -> PromptTemplate:
+        if judgement.template is None:
+            return self.template
+        key = str(judgement.template)
+        if key not in self._templates:
+            self._templates[key] = load_template(judgement.template)
+        return self._templates[key]
+
+    def _verdict(self, opened: _Open, reraise: bool) -> Verdict:
+        judgement = opened.judgement
+        outputs = [opened.outputs[i] for i in range(len(opened.orders))]
+        for output in outputs:
+            if output.error is not None:
+                if reraise:
+                    raise output.error
+                return _error_verdict(judgement, opened.index, output.error)
+        votes = [
+            read_vote(completion, judgement.format, order, judgement.guided == "on")
+            for output, order in zip(outputs, opened.orders, strict=True)
+            for completion in output.completions
+        ]
+        completions = [c for output in outputs for c in output.completions]
+        firsts = [output.completions[0] for output in outputs]
+        usage = Usage(
+            prompt=sum(len(c.prompt_token_ids) for c in firsts),
+            cached=sum(c.num_cached_tokens for c in firsts),
+            generated=sum(len(c.token_ids) for c in completions),
+        )
+        known = self.engine.provenance
+        provenance = Provenance(template=opened.template.label, seed=judgement.seed, **known)
+        return tally(judgement, votes, usage, _timings(completions), provenance, opened.index)
+
+
+def _orders(judgement: Judgement) -> list[tuple[int, ...]]:
+    """The orders in which the model sees the responses."""
+    fixed = tuple(range(len(judgement.responses)))
+    if len(fixed) == 1 or judgement.order == "fixed":
+        return [fixed]
+    if judgement.order == "both":
+        return [fixed, fixed[::-1]]
+    shuffled = list(fixed)
+    # Keyed by content, so that a judgement's order does not depend on its place in a run.
+    random.Random(f"{judgement.seed}/{judgement.instruction}/{judgement.responses!r}").shuffle(shuffled)
+    return [tuple(shuffled)]
+
+
+def _timings(completions: Sequence[Completion]) -> VerdictTimings:
+    arrival = min(c.timings.arrival for c in completions)
+    first = min((c.timings.first_token or c.timings.finished) for c in completions)
+    total = max(c.timings.finished for c in completions) - arrival
+    generated = sum(len(c.token_ids) for c in completions)
+    return VerdictTimings(first - arrival, total, generated / total if total > 0 else 0.0)
+
+
+def _error_verdict(judgement: object, index: int, error: Exception) -> Verdict:
+    kind = judgement.kind if isinstance(judgement, Judgement) else ""
+    name = judgement.id if isinstance(judgement, Judgement) else None
+    return Verdict(kind, "error", error=f"{type(error).__name__}: {error}", index=index, id=name)
+
+
+def _drain(verdicts: list[Verdict]) -> Iterator[Verdict]:
+    while verdicts:
+        yield verdicts.pop(0)
+
+

@@ -1,0 +1,1 @@
+"""Media that are judged: what they are, and where they come from."""

@@ -1,0 +1,31 @@
+"""Finds the compiled ops, and says once when they are missing."""
+
+import functools
+import os
+import warnings
+from pathlib import Path
+
+import torch
+
+
+@functools.cache
+def has_compiled_ops() -> bool:
+    """Whether `torch.ops.flexjudge` is there. Loads the library at the first call.
+
+    `FLEXJUDGE_BACKEND=reference` leaves it out, so that everything runs in plain torch.
+    """
+    if os.environ.get("FLEXJUDGE_BACKEND") == "reference":
+        return False
+    found = sorted(Path(__file__).parent.parent.glob("_C*.so"))
+    try:
+        torch.ops.load_library(str(found[0]))
+    except (IndexError, OSError) as error:
+        reason = "it was not built" if not found else str(error)
+        warnings.warn(
+            f"flexjudge_fast's compiled CPU ops are missing ({reason}); the slower torch reference is used. "
+            "Install with a C++ compiler and `pip install --no-build-isolation` to build them.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True

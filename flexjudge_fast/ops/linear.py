@@ -1,0 +1,31 @@
+"""Matrix products with dense and with quantised weights."""
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from flexjudge_fast.ops.dequantize import dequantize
+
+_CHUNK_BYTES = 4 << 20  # expanded weights at once: they are used while they are still in the L2/L3 cache
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`x @ weight.T`. x: [num_tokens, in_features]; weight: [out_features, in_features], same dtype."""
+    return F.linear(x, weight)
+
+
+def quantized_linear(x: torch.Tensor, blocks: torch.Tensor, format_name: str) -> torch.Tensor:
+    """`x @ dequantize(blocks).T`, a few rows of the weight at a time.
+
+    Args:
+        x: [num_tokens, in_features], any float dtype.
+        blocks: uint8 [out_features, bytes_per_row].
+
+    Returns:
+        [num_tokens, out_features], dtype of `x`.
+    """
+    rows = max(_CHUNK_BYTES // (4 * x.shape[1]), 1)
+    out = x.new_empty(x.shape[0], blocks.shape[0])
+    for start in range(0, blocks.shape[0], rows):
+        chunk = dequantize(blocks[start : start + rows], format_name).to(x.dtype)
+        out[:, start : start + rows] = F.linear(x, chunk)
+    return out

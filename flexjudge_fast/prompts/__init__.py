@@ -1,0 +1,1 @@
+"""Prompts: typed segments, token ids, templates, the answer's formats and grammar."""

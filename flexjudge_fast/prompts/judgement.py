@@ -1,0 +1,173 @@
+"""What is to be judged, and how: checked when it is made."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+from flexjudge_fast.errors import InvalidArgumentError
+from flexjudge_fast.media.items import MEDIA_KINDS, MediaItem, MediaKind
+from flexjudge_fast.prompts.formats import AnswerFormat, Kind, Scale
+
+Order = Literal["fixed", "both", "random"]
+Guided = Literal["on", "off"]
+
+
+@dataclass(frozen=True)
+class Response:
+    """A candidate: a text, a medium, or both."""
+
+    text: str | None = None
+    image: object = None
+    video: object = None
+    audio: object = None
+    molecule: object = None
+
+    @property
+    def media(self) -> tuple[MediaItem, ...]:
+        given = [(kind, getattr(self, kind)) for kind in MEDIA_KINDS]
+        return tuple(MediaItem(cast(MediaKind, kind), source) for kind, source in given if source is not None)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One question to the judge.
+
+    Args:
+        kind: score (one response), pair (two), rank (two or more), choice (two).
+        instruction: what was asked; `responses`: what was answered, strings or `Response`.
+        system: replaces the template's system message.
+        rubric: the criteria, inside the template's system message.
+        scale: lowest and highest score; ints for whole numbers, a float for one decimal.
+        template: path of a template file, for this judgement alone.
+        votes: sampled runs; order: "fixed", "both" (twice, the second time reversed) or "random".
+        seed, temperature, top_p: sampling. max_tokens: of reasoning and answer together.
+        max_think_tokens: closes the reasoning after so many tokens; 0 answers at once.
+        guided: "on" forces a legal answer; "off" leaves the model free.
+        images, videos, audios, molecules: media that belong to the question.
+        id: a name that the verdict carries.
+
+    Raises:
+        InvalidArgumentError: names the field that is wrong.
+    """
+
+    kind: Kind
+    instruction: str
+    responses: tuple[str | Response, ...]
+    system: str | None = None
+    rubric: str | None = None
+    scale: tuple[float, float] = (1, 10)
+    template: str | Path | None = None
+    votes: int = 1
+    order: Order = "fixed"
+    seed: int = 0
+    temperature: float = 0.4
+    top_p: float = 0.8
+    max_tokens: int = 4096
+    max_think_tokens: int | None = None
+    guided: Guided = "on"
+    images: tuple[object, ...] = ()
+    videos: tuple[object, ...] = ()
+    audios: tuple[object, ...] = ()
+    molecules: tuple[object, ...] = ()
+    id: str | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("kind", self.kind, get_args(Kind))
+        _one_of("order", self.order, get_args(Order))
+        _one_of("guided", self.guided, get_args(Guided))
+        for name in ("responses", "images", "videos", "audios", "molecules"):
+            value = getattr(self, name)
+            if isinstance(value, str | bytes) or not isinstance(value, list | tuple):
+                raise InvalidArgumentError(f"{name}: a list is expected, not {type(value).__name__}")
+            object.__setattr__(self, name, tuple(value))
+        _text("instruction", self.instruction)
+        for name in ("system", "rubric", "id"):
+            if getattr(self, name) is not None:
+                _text(name, getattr(self, name))
+        for i, response in enumerate(self.responses):
+            _response(f"responses[{i}]", response)
+        if not isinstance(self.scale, list | tuple) or len(self.scale) != 2:
+            raise InvalidArgumentError(f"scale={self.scale!r}: a pair (low, high) is expected")
+        object.__setattr__(self, "scale", tuple(self.scale))
+        _integer("votes", self.votes, 1, 1024)
+        _integer("seed", self.seed, 0, 2**64 - 1)
+        _integer("max_tokens", self.max_tokens, 1, 2**31)
+        if self.max_think_tokens is not None:
+            _integer("max_think_tokens", self.max_think_tokens, 0, 2**31)
+        _number("temperature", self.temperature, 0, math.inf)
+        _number("top_p", self.top_p, 1e-9, 1)
+        _ = self.format  # checks scale and number of responses
+
+    @property
+    def format(self) -> AnswerFormat:
+        return AnswerFormat(self.kind, len(self.responses), Scale(*self.scale))
+
+    @property
+    def media(self) -> tuple[MediaItem, ...]:
+        """Every medium, the question's own first."""
+        own = [
+            MediaItem(kind, source)
+            for kind in cast("tuple[MediaKind, ...]", MEDIA_KINDS)
+            for source in getattr(self, kind + "s")
+        ]
+        return (*own, *(item for r in self.responses if isinstance(r, Response) for item in r.media))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Judgement":
+        """From a JSON object: `response` may stand for a single entry of `responses`."""
+        if not isinstance(data, Mapping):
+            raise InvalidArgumentError(f"a judgement must be an object, not {type(data).__name__}")
+        given = dict(data)
+        if "response" in given:
+            given["responses"] = [given.pop("response")]
+        known = {field.name for field in fields(cls)}
+        for name in given:
+            if name not in known:
+                raise InvalidArgumentError(f"unknown field {name!r}; known are: {', '.join(sorted(known))}")
+        for name in ("instruction", "responses"):
+            if name not in given:
+                raise InvalidArgumentError(f"{name} is missing")
+        if not isinstance(given["responses"], list | tuple):
+            raise InvalidArgumentError("responses: a list is expected")
+        given["responses"] = [Response(**r) if isinstance(r, Mapping) else r for r in given["responses"]]
+        given.setdefault("kind", "score" if len(given["responses"]) == 1 else "pair")
+        return cls(**given)
+
+
+def _text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise InvalidArgumentError(f"{name}: a string is expected, not {type(value).__name__}")
+    if not value.strip():
+        raise InvalidArgumentError(f"{name}: it is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidArgumentError(f"{name}: {error.reason} at character {error.start}") from error
+
+
+def _response(name: str, value: object) -> None:
+    if isinstance(value, Response):
+        if value.text is None and not value.media:
+            raise InvalidArgumentError(f"{name}: it has neither text nor medium")
+        if value.text is not None:
+            _text(name, value.text)
+        return
+    _text(name, value)
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InvalidArgumentError(f"{name}={value!r}: must be one of {', '.join(allowed)}")
+
+
+def _integer(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InvalidArgumentError(f"{name}={value!r}: must be an integer from {low} to {high}")
+
+
+def _number(name: str, value: object, low: float, high: float) -> None:
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not ok or not low <= cast(float, value) <= high:
+        raise InvalidArgumentError(f"{name}={value!r}: must be a number from {low:g} to {high:g}")

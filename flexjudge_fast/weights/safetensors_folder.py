@@ -1,0 +1,101 @@
+"""A Hugging Face folder: config, tokenizer, and safetensors in one file or in shards."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from flexjudge_fast.errors import CheckpointError, UnsupportedCheckpointError
+from flexjudge_fast.weights.checkpoint import Checkpoint, read_json
+from flexjudge_fast.weights.tensor import DenseTensor, Weight
+
+_INDEX = "model.safetensors.index.json"
+
+
+class SafetensorsCheckpoint(Checkpoint):
+    """Tensors are mapped into memory and read when asked for."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self.config = read_json(path / "config.json", required=True)
+        self.tokenizer_config = read_json(path / "tokenizer_config.json")
+        self.generation_config = read_json(path / "generation_config.json")
+        template = _chat_template(path, self.tokenizer_config)
+        self.tokenizer_config = {**self.tokenizer_config, "chat_template": template}
+        self._files: dict[Path, Any] = {}
+        self._where = self._read_index()
+
+    def tensor_names(self) -> Sequence[str]:
+        return tuple(self._where)
+
+    def weight_files(self) -> Sequence[Path]:
+        return sorted(set(self._where.values()))
+
+    def tensor(self, name: str) -> Weight:
+        if name not in self._where:
+            raise CheckpointError(f"{self.path}: tensor {name} is missing")
+        path = self._where[name]
+        try:
+            data: torch.Tensor = self._open(path).get_tensor(name)
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: tensor {name}: {error}") from error
+        if not data.is_floating_point():
+            raise UnsupportedCheckpointError(f"{path}: tensor {name} is {data.dtype}, a float type is expected")
+        return DenseTensor(data)
+
+    def tokenizer_json(self) -> str:
+        path = self.path / "tokenizer.json"
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: {error}") from error
+
+    def _open(self, path: Path) -> Any:
+        if path not in self._files:
+            try:
+                self._files[path] = safe_open(path, framework="pt", device="cpu")
+            except (SafetensorError, OSError, ValueError) as error:
+                raise CheckpointError(f"{path}: {error}") from error
+        return self._files[path]
+
+    def _read_index(self) -> dict[str, Path]:
+        """Which file holds each tensor; what the index says must be what the files hold."""
+        if not (self.path / _INDEX).exists():
+            where: dict[str, Path] = {}
+            for file in sorted(self.path.glob("*.safetensors")):
+                for name in self._open(file).keys():
+                    if name in where:
+                        raise CheckpointError(f"{file}: tensor {name} is in {where[name].name} too")
+                    where[name] = file
+            return where
+        weight_map = read_json(self.path / _INDEX, required=True).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{self.path / _INDEX}: weight_map is missing")
+        held: dict[str, set[str]] = {}
+        for shard in set(map(str, weight_map.values())):
+            if shard != Path(shard).name or not shard.endswith(".safetensors"):
+                raise CheckpointError(f"{self.path / _INDEX}: {shard!r} is not a plain safetensors file name")
+            if not (self.path / shard).exists():
+                raise CheckpointError(f"{self.path / shard}: the shard is missing")
+            held[shard] = set(self._open(self.path / shard).keys())
+        for name, shard in weight_map.items():
+            if name not in held[str(shard)]:
+                raise CheckpointError(f"{self.path / str(shard)}: tensor {name} is missing, the index names it")
+        return {name: self.path / str(shard) for name, shard in weight_map.items()}
+
+
+def _chat_template(path: Path, tokenizer_config: dict[str, Any]) -> str | None:
+    """The default template, from wherever this checkpoint's age keeps it."""
+    jinja = path / "chat_template.jinja"
+    if jinja.exists():
+        try:
+            return jinja.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{jinja}: {error}") from error
+    source = read_json(path / "chat_template.json").get("chat_template", tokenizer_config.get("chat_template"))
+    if isinstance(source, list):
+        source = next((t.get("template") for t in source if t.get("name") == "default"), None)
+    return source if isinstance(source, str) else None
