@@ -32,6 +32,8 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.num_preemptions = 0
+        self.num_prompt_tokens = 0
+        self.num_cached_tokens = 0  # of the prompt tokens, found in the prefix cache
         self._pending: dict[bytes, list[tuple[int, ...]]] = {}  # full blocks that this step computes, by parent
         self._copies: list[tuple[int, int]] = []
         self._chunks: list[Chunk] = []
@@ -162,6 +164,8 @@ class Scheduler:
                 self.preempt(victim)
             if request.num_cached is None:
                 request.num_cached = request.num_computed
+                self.num_prompt_tokens += len(request.prompt)
+                self.num_cached_tokens += min(request.num_computed, len(request.prompt))
             self.waiting.remove(request)
             self.running.append(request)
             budget -= self._plan(request, budget)

@@ -33,8 +33,6 @@ class Stepper:
         self.runner = runner
         self._deliver = deliver
         self._forked = forked
-        self._cached_tokens = 0
-        self._prompt_tokens = 0
 
     def step(self) -> None:
         """Schedule, run, postprocess. If anything raises, the batch's requests start over next time."""
@@ -65,8 +63,8 @@ class Stepper:
             num_waiting=len(scheduler.waiting),
             num_preemptions=scheduler.num_preemptions,
             num_forward_tokens=self.runner.num_forward_tokens,
-            num_prompt_tokens=self._prompt_tokens,
-            num_cached_tokens=self._cached_tokens,
+            num_prompt_tokens=scheduler.num_prompt_tokens,
+            num_cached_tokens=scheduler.num_cached_tokens,
         )
 
     def _postprocess(self, batch: Batch, logits: torch.Tensor) -> None:
@@ -76,15 +74,8 @@ class Stepper:
         for chunk in batch.chunks:
             rows = logits[row : row + len(chunk.logit_positions)]
             row += len(rows)
-            if chunk.start == 0 or chunk.start == chunk.request.num_cached:
-                self._count(chunk.request)
             if len(rows):
                 self._take(chunk.request, rows, chunk.logit_positions.start)
-
-    def _count(self, request: Request) -> None:
-        if request.sample_index == 0 and request.probe is None and not request.num_generated:
-            self._prompt_tokens += len(request.prompt)
-            self._cached_tokens += request.num_cached or 0
 
     def _take(self, request: Request, rows: torch.Tensor, position: int) -> None:
         """Logits [n, vocab_size] from `position` on belong to `request`."""

@@ -15,7 +15,6 @@ _SYSTEM_NAMES = frozenset(
     {"rubric", "scale_low", "scale_high", "scale_kind", "num_responses", "answer_example"}
 )
 _KEYS = ("system", "question", "response")
-_EXAMPLE_SCORES = (3, 8, 6, 5, 7, 2, 9, 4)
 
 
 @dataclass(frozen=True)
@@ -96,16 +95,9 @@ def _fill(text: str, values: dict[str, str]) -> str:
 
 
 def _example(answer_format: AnswerFormat) -> str:
+    """The shape of an answer, without a number: a small model repeats whatever example it is shown."""
     if answer_format.kind == "choice":
-        return "<answer>[[A>B]]</answer>"
-    scale = answer_format.scale
-    values = [v for v in scale.values if ("." in v) == scale.decimals]
-    if answer_format.kind == "rank":  # no two alike: spread over the scale, best neither first nor last
-        step = max((len(values) - 1) // answer_format.num_responses, 1)
-        picked = [values[(i * step) % len(values)] for i in range(answer_format.num_responses)]
-        picked = picked[1::2] + picked[0::2]
-    else:
-        picked = [
-            values[(score * (len(values) - 1)) // 10] for score in _EXAMPLE_SCORES[: answer_format.num_responses]
-        ]
-    return "".join(f"<answer>{value}</answer>" for value in picked)
+        return "<answer>[[verdict]]</answer>"
+    if answer_format.num_responses == 1:
+        return "<answer>score</answer>"
+    return "".join(f"<answer>score {i + 1}</answer>" for i in range(answer_format.num_responses))
