@@ -43,7 +43,14 @@ setup(
             sources=["csrc/cpu/dequantize.cpp", "csrc/bindings/ops.cpp"],
             depends=["csrc/include/flexjudge/dequantize.h"],
             define_macros=[("TORCH_TARGET_VERSION", "0x020B000000000000")],  # the stable ABI of torch 2.11
-            extra_compile_args=["-std=c++20", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"],
+            extra_compile_args=[
+                "-std=c++20",
+                "-O3",
+                "-ffp-contract=off",
+                "-fvisibility=hidden",
+                "-Wall",
+                "-Wextra",
+            ],
             libraries=["torch_cpu"],  # already loaded by torch when ours is: no run path needed
             language="c++",
         )

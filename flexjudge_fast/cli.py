@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
 Model = Annotated[
-    str, typer.Option("--model", "-m", envvar="FLEXJUDGE_MODEL", help="HF folder, hub id or .gguf; default: SmolLM2")
+    str,
+    typer.Option(
+        "--model", "-m", envvar="FLEXJUDGE_MODEL", help="HF folder, hub id or .gguf; default: SmolLM2"
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 Instruction = Annotated[str, typer.Argument(help="What was asked.")]
@@ -93,7 +96,9 @@ _command_for("choice", "Choose: A better, B better, both good, both bad.")
 
 @app.command()
 def run(
-    file: Annotated[Path, typer.Argument(help="JSON lines: instruction, responses, and any judgement option.")],
+    file: Annotated[
+        Path, typer.Argument(help="JSON lines: instruction, responses, and any judgement option.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the verdicts go, one JSON line each.")],
     model: Model = "",
     as_json: AsJson = False,
@@ -126,19 +131,24 @@ def run(
     except (FlexJudgeError, OSError) as error:
         _fail(error)
     except KeyboardInterrupt:
-        _fail(InvalidArgumentError(f"interrupted; finished verdicts are in {out}, --resume judges the rest"), 130)
+        _fail(
+            InvalidArgumentError(f"interrupted; finished verdicts are in {out}, --resume judges the rest"),
+            130,
+        )
     if failed:
         raise typer.Exit(1)
 
 
 @app.command()
-def info(model: Annotated[str, typer.Argument(help="HF folder, hub id or .gguf.")] = "", as_json: AsJson = False) -> None:
+def info(
+    model: Annotated[str, typer.Argument(help="HF folder, hub id or .gguf.")] = "", as_json: AsJson = False
+) -> None:
     """What a checkpoint holds, and whether it can be loaded. Reads no weights."""
     try:
         from flexjudge_fast.models.config import read_decoder_config
         from flexjudge_fast.weights.checkpoint import open_checkpoint
 
-        checkpoint = open_checkpoint(model or _default_model())
+        checkpoint = open_checkpoint(model or default_model())
         config = read_decoder_config(checkpoint.config)
         facts = {
             "path": str(checkpoint.path),
@@ -176,7 +186,7 @@ def _options(
         "temperature": temperature,
         "max_think_tokens": max_think_tokens,
     }
-    options = {name: value for name, value in given.items() if value is not None}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if scale is not None:
         try:
             low, high = scale.split("-")
@@ -258,10 +268,10 @@ def _finished(out: Path) -> set[int]:
 def _load(model: str) -> "Judge":
     from flexjudge_fast.judge import Judge
 
-    return Judge.from_pretrained(model or _default_model())
+    return Judge.from_pretrained(model or default_model())
 
 
-def _default_model() -> str:
+def default_model() -> str:
     """SmolLM2-135M-Instruct, where the package that carries it is installed."""
     from importlib.util import find_spec
 

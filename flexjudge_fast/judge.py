@@ -71,27 +71,44 @@ class Judge:
         engine = Engine.from_pretrained(model, device, dtype, quantization, ignore_config, **limits)
         return cls(engine, template)
 
-    def score(self, instruction: str, response: ResponseLike, *, stream: Stream | None = None, **options: Any) -> Verdict:
+    def score(
+        self, instruction: str, response: ResponseLike, *, stream: Stream | None = None, **options: Any
+    ) -> Verdict:
         """Score one response. `options` are fields of `Judgement`, for all four calls."""
         return self._one(Judgement("score", instruction, (response,), **options), stream)
 
     def compare(
-        self, instruction: str, responses: Sequence[ResponseLike], *, stream: Stream | None = None, **options: Any
+        self,
+        instruction: str,
+        responses: Sequence[ResponseLike],
+        *,
+        stream: Stream | None = None,
+        **options: Any,
     ) -> Verdict:
         """Score two responses side by side; the higher score wins, equal scores tie."""
-        return self._one(Judgement("pair", instruction, tuple(responses), **options), stream)
+        return self._one(Judgement("pair", instruction, responses, **options), stream)
 
     def rank(
-        self, instruction: str, responses: Sequence[ResponseLike], *, stream: Stream | None = None, **options: Any
+        self,
+        instruction: str,
+        responses: Sequence[ResponseLike],
+        *,
+        stream: Stream | None = None,
+        **options: Any,
     ) -> Verdict:
         """Score two or more responses, no two alike."""
-        return self._one(Judgement("rank", instruction, tuple(responses), **options), stream)
+        return self._one(Judgement("rank", instruction, responses, **options), stream)
 
     def choose(
-        self, instruction: str, responses: Sequence[ResponseLike], *, stream: Stream | None = None, **options: Any
+        self,
+        instruction: str,
+        responses: Sequence[ResponseLike],
+        *,
+        stream: Stream | None = None,
+        **options: Any,
     ) -> Verdict:
         """Choose between two responses: either is better, both are good, or both are bad."""
-        return self._one(Judgement("choice", instruction, tuple(responses), **options), stream)
+        return self._one(Judgement("choice", instruction, responses, **options), stream)
 
     def run(
         self,
@@ -157,7 +174,9 @@ class Judge:
     def _inputs(self, judgement: Judgement, index: int = 0) -> tuple[_Open, list[EngineInput]]:
         """The engine inputs of a judgement, one per order of its responses."""
         if not isinstance(judgement, Judgement):
-            raise InvalidArgumentError(f"judgement {index}: expected a Judgement, got {type(judgement).__name__}")
+            raise InvalidArgumentError(
+                f"judgement {index}: expected a Judgement, got {type(judgement).__name__}"
+            )
         if judgement.media:
             kinds = ", ".join(sorted({item.kind for item in judgement.media}))
             raise UnsupportedMediaError(f"the loaded model reads text only; the judgement holds: {kinds}")
@@ -245,5 +264,3 @@ def _error_verdict(judgement: object, index: int, error: Exception) -> Verdict:
 def _drain(verdicts: list[Verdict]) -> Iterator[Verdict]:
     while verdicts:
         yield verdicts.pop(0)
-
-

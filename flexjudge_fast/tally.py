@@ -96,7 +96,9 @@ def tally(
     winner = _majority(answered, expected, choice) if judgement.kind != "score" else None
     ranking = None
     if expected is not None and judgement.kind in ("pair", "rank"):
-        ranking = tuple(sorted(range(len(expected)), key=lambda i: (-(scores or expected)[i], -expected[i], i)))
+        ranking = tuple(
+            sorted(range(len(expected)), key=lambda i: (-(scores or expected)[i], -expected[i], i))
+        )
     agreeing = [v for v in answered if (v.choice == choice if choice else v.winner == winner)] or answered
     return Verdict(
         finish_reason="answer",

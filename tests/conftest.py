@@ -33,7 +33,9 @@ def smollm2_path() -> Path:
 def qwen05b_path() -> Path:
     path = _model("qwen2.5-0.5b-q4_k_m.gguf")
     if path is None:
-        pytest.skip("qwen2.5-0.5b-q4_k_m.gguf is not in $FLEXJUDGE_MODELS (default ~/.cache/flexjudge/models)")
+        pytest.skip(
+            "qwen2.5-0.5b-q4_k_m.gguf is not in $FLEXJUDGE_MODELS (default ~/.cache/flexjudge/models)"
+        )
     return path
 
 
@@ -41,5 +43,7 @@ def qwen05b_path() -> Path:
 def qwen15b_path() -> Path:
     path = _model("qwen2.5-1.5b-q4_k_m.gguf")
     if path is None:
-        pytest.skip("qwen2.5-1.5b-q4_k_m.gguf is not in $FLEXJUDGE_MODELS (default ~/.cache/flexjudge/models)")
+        pytest.skip(
+            "qwen2.5-1.5b-q4_k_m.gguf is not in $FLEXJUDGE_MODELS (default ~/.cache/flexjudge/models)"
+        )
     return path

@@ -40,7 +40,9 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(folder)
 
@@ -66,7 +68,7 @@ def write_checkpoint(
         "num_hidden_layers": 3,
         "num_attention_heads": heads[0],
         "num_key_value_heads": heads[1],
-        "max_position_embeddings": 512,
+        "max_position_embeddings": 4096,
         "rope_parameters": ROPES[rope],
         "tie_word_embeddings": tied,
         "initializer_range": 0.15,  # large enough for decided logits

@@ -59,9 +59,7 @@ def parse_bytes(name: str, value: int | str) -> int:
     raise InvalidArgumentError(f'{name}={value!r}: must be a number of bytes or a string such as "2GiB"')
 
 
-def num_kv_blocks(
-    config: EngineConfig, block_bytes: int, max_model_len: int, device: torch.device
-) -> int:
+def num_kv_blocks(config: EngineConfig, block_bytes: int, max_model_len: int, device: torch.device) -> int:
     """How many blocks of `block_bytes` the budget holds; never more than `max_num_seqs` full sequences."""
     if config.kv_cache_memory is not None:
         budget = parse_bytes("kv_cache_memory", config.kv_cache_memory)
@@ -73,7 +71,8 @@ def num_kv_blocks(
     num_blocks = min(budget // block_bytes, most)
     if num_blocks < 2:
         raise InvalidArgumentError(
-            f"kv_cache_memory: {budget} bytes hold {num_blocks} blocks of {block_bytes} bytes; at least 2 are needed"
+            f"kv_cache_memory: {budget} bytes hold {num_blocks} blocks of {block_bytes} bytes; "
+            "at least 2 are needed"
         )
     return num_blocks
 

@@ -1,5 +1,6 @@
 """The engine: takes prompts, steps scheduler, model and sampler, and gives completions back."""
 
+import codecs
 import os
 import threading
 from collections import deque
@@ -52,9 +53,9 @@ class _Run:
 
     open: dict[int, list[Request]] = field(default_factory=dict)  # finished samples, by input index
     wanted: dict[int, int] = field(default_factory=dict)  # how many samples each input has
-    requests: dict[int, tuple[int, Request]] = field(default_factory=dict)  # live ones, by request id
+    requests: dict[int, tuple[int, Request]] = field(default_factory=dict)  # not yet given out, by id
     outputs: deque[EngineOutput] = field(default_factory=deque)
-    emitted: dict[tuple[int, int], int] = field(default_factory=dict)  # characters given to the callback
+    emitted: dict[tuple[int, int], tuple[codecs.IncrementalDecoder, int]] = field(default_factory=dict)
 
 
 class Engine:
@@ -66,7 +67,7 @@ class Engine:
         self.max_model_len = parts.max_model_len
         self._stepper = Stepper(parts.scheduler, parts.runner, self._deliver, self._forked)
         self._lock = threading.Lock()
-        self._runs: dict[int, _Run] = {}  # request id to the call that waits for it
+        self._runs: dict[int, tuple[_Run, int]] = {}  # request id to the call that waits, and input index
         self._cancelled: deque[_Run] = deque()
         self._next_id = 0
         self._pid = os.getpid()
@@ -154,6 +155,7 @@ class Engine:
 
     def encode(self, prompt: PromptLike) -> tuple[int, ...]:
         """Token ids of a prompt in any of the three forms."""
+        self._check_usable()
         if isinstance(prompt, str):
             ids: Sequence[int] = self.tokenizer.encode_raw(prompt)
         elif prompt and isinstance(prompt[0], Mapping):
@@ -194,8 +196,7 @@ class Engine:
                         self._submit(run, *entry)
                 if run.open and not run.outputs:
                     self._step()
-                if on_text is not None:
-                    _emit(run, on_text)
+                _emit(run, on_text)
                 while run.outputs:
                     yield run.outputs.popleft()
                 if exhausted and not run.open and not run.outputs:
@@ -255,7 +256,9 @@ class Engine:
             run.outputs.append(EngineOutput(index, error=error))
             return
         params, parts = item.params, self._parts
-        room = min(self.max_model_len, (parts.scheduler.pool.num_blocks - 1) * parts.scheduler.limits.block_size)
+        room = min(
+            self.max_model_len, (parts.scheduler.pool.num_blocks - 1) * parts.scheduler.limits.block_size
+        )
         eos = frozenset() if params.ignore_eos else parts.eos_ids
         with self._lock:
             request = Request(
@@ -279,20 +282,18 @@ class Engine:
         return self._next_id
 
     def _track(self, run: _Run, index: int, request: Request) -> None:
-        self._runs[request.id] = run
+        self._runs[request.id] = (run, index)
         run.requests[request.id] = (index, request)
 
     def _forked(self, parent: Request, child: Request) -> None:
         """The stepper made another sample: it belongs to the same input."""
         child.id = self._new_id()
         if child.probe is None:
-            run = self._runs[parent.id]
-            self._track(run, run.requests[parent.id][0], child)
+            self._track(*self._runs[parent.id], child)
 
     def _deliver(self, request: Request) -> None:
         """The stepper finished a sample; the input's output is ready with the last one."""
-        run = self._runs.pop(request.id)
-        index, _ = run.requests[request.id]
+        run, index = self._runs.pop(request.id)
         run.open[index].append(request)
         if len(run.open[index]) == run.wanted[index]:
             samples = sorted(run.open.pop(index), key=lambda r: r.sample_index)
@@ -310,7 +311,7 @@ class Engine:
         """Give back what a left or finished call still holds: now, or before the next step."""
         # A generator may be closed by the garbage collector inside a step of this very thread, so this
         # never waits for the lock.
-        if any(request_id in self._runs for request_id in run.requests):
+        if run.open:
             self._cancelled.append(run)
             if self._lock.acquire(blocking=False):
                 try:
@@ -320,9 +321,11 @@ class Engine:
 
     def _drop_cancelled(self) -> None:
         while self._cancelled:
-            for request_id, (_, request) in self._cancelled.popleft().requests.items():
-                if self._runs.pop(request_id, None) is not None:
-                    self._stepper.cancel(request)
+            run = self._cancelled.popleft()
+            dropped = {request_id for request_id, (other, _) in self._runs.items() if other is run}
+            for request_id in dropped:
+                del self._runs[request_id]
+            self._stepper.cancel(dropped)
 
 
 def _raised(output: EngineOutput) -> EngineOutput:
@@ -331,15 +334,18 @@ def _raised(output: EngineOutput) -> EngineOutput:
     return output
 
 
-def _emit(run: _Run, on_text: TextCallback) -> None:
+def _emit(run: _Run, on_text: TextCallback | None) -> None:
     """Give the callback what is new and complete: a character cut in two waits for its rest."""
-    for request_id in list(run.requests):
-        index, request = run.requests[request_id]
-        text = request.output.decode("utf-8", errors="ignore" if request.finish_reason is None else "replace")
-        key = (index, request.sample_index)
-        if len(text) > run.emitted.get(key, 0):
-            new = text[run.emitted.get(key, 0) :]
-            run.emitted[key] = len(text)
-            on_text(index, request.sample_index, new)
-        if request.finish_reason is not None:
+    for request_id, (index, request) in list(run.requests.items()):
+        finished = request.finish_reason is not None  # read first: another thread may be stepping
+        if on_text is not None:
+            key = (index, request.sample_index)
+            decoder, read = run.emitted.get(key) or (codecs.getincrementaldecoder("utf-8")("replace"), 0)
+            new = bytes(request.output[read:])
+            text = decoder.decode(new, final=finished)
+            run.emitted[key] = (decoder, read + len(new))
+            if text:
+                on_text(index, request.sample_index, text)
+        if finished:
             del run.requests[request_id]
+            run.emitted.pop((index, request.sample_index), None)

@@ -20,7 +20,9 @@ class ModelInput:
 class InputBuffers:
     """Memory for the largest step, allocated once; `fill` gives views of it, valid until the next `fill`."""
 
-    def __init__(self, max_tokens: int, max_seqs: int, max_blocks: int, block_size: int, device: torch.device) -> None:
+    def __init__(
+        self, max_tokens: int, max_seqs: int, max_blocks: int, block_size: int, device: torch.device
+    ) -> None:
         self.block_size = block_size
         self.device = device
         self._tokens = torch.zeros(3, max_tokens, dtype=torch.int64)  # ids, positions, slots
@@ -28,7 +30,8 @@ class InputBuffers:
 
     def fill(self, batch: Batch) -> ModelInput:
         """Write ids, positions, slots and block tables of `batch`."""
-        rows, query_start, context_lens, at = [], [0], [], 0
+        rows: list[int] = []
+        query_start, context_lens, at = [0], [], 0
         width = 0
         for i, chunk in enumerate(batch.chunks):
             request, end = chunk.request, at + chunk.num_tokens

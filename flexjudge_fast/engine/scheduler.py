@@ -34,7 +34,9 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0  # of the prompt tokens, found in the prefix cache
-        self._pending: dict[bytes, list[tuple[int, ...]]] = {}  # full blocks that this step computes, by parent
+        self._pending: dict[
+            bytes, list[tuple[int, ...]]
+        ] = {}  # full blocks that this step computes, by parent
         self._copies: list[tuple[int, int]] = []
         self._chunks: list[Chunk] = []
 

@@ -64,7 +64,9 @@ def load_parts(
     return EngineParts(
         checkpoint=checkpoint,
         tokenizer=tokenizer,
-        chat_template=ChatTemplate(checkpoint.tokenizer_config.get("chat_template"), checkpoint.tokenizer_config),
+        chat_template=ChatTemplate(
+            checkpoint.tokenizer_config.get("chat_template"), checkpoint.tokenizer_config
+        ),
         eos_ids=_eos_ids(checkpoint, tokenizer),
         max_model_len=max_len,
         scheduler=Scheduler(limits, num_blocks),

@@ -46,11 +46,12 @@ class Stepper:
                     self.scheduler.preempt(chunk.request)
             raise
 
-    def cancel(self, request: Request) -> None:
-        """Forget a request and its probes."""
-        for other in [*self.scheduler.running, *self.scheduler.waiting]:
-            if other is request or other.parent is request:
-                self.scheduler.remove(other)
+    def cancel(self, request_ids: set[int]) -> None:
+        """Forget requests and their probes."""
+        for request in [*self.scheduler.running, *self.scheduler.waiting]:
+            owner = request.parent or request
+            if owner.id in request_ids:
+                self.scheduler.remove(request)
 
     def stats(self) -> EngineStats:
         scheduler = self.scheduler
@@ -128,7 +129,9 @@ class Stepper:
         """Sample the next token; at the start of a score, also ask for the score's distribution."""
         params, grammar = request.params, request.grammar
         position = len(request.token_ids)
-        draw = uniform(params.seed, request.key, request.sample_index, position) if params.temperature else 0.0
+        draw = (
+            uniform(params.seed, request.key, request.sample_index, position) if params.temperature else 0.0
+        )
         if grammar is None:
             token_id = sample_token(row, params, draw)
             if params.logprobs is not None:

@@ -44,7 +44,9 @@ def _merge(weights: Sequence[Weight]) -> list[Weight]:
         last = merged[-1] if merged else None
         if isinstance(last, DenseTensor) and isinstance(weight, DenseTensor):
             merged[-1] = DenseTensor(torch.cat((last.data, weight.data)))
-        elif isinstance(last, QuantTensor) and isinstance(weight, QuantTensor) and last.format == weight.format:
+        elif (
+            isinstance(last, QuantTensor) and isinstance(weight, QuantTensor) and last.format == weight.format
+        ):
             shape = (last.shape[0] + weight.shape[0], last.shape[1])
             merged[-1] = QuantTensor(torch.cat((last.blocks, weight.blocks)), last.format, shape)
         else:

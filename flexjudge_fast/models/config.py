@@ -8,23 +8,82 @@ from flexjudge_fast.errors import UnsupportedCheckpointError
 from flexjudge_fast.layers.rotary import RopeConfig
 
 _MATHS = frozenset(
-    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "vocab_size rms_norm_eps rope_theta rope_scaling rope_parameters max_position_embeddings "
-    "tie_word_embeddings hidden_act attention_bias mlp_bias use_sliding_window layer_types".split()
+    [
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "vocab_size",
+        "rms_norm_eps",
+        "rope_theta",
+        "rope_scaling",
+        "rope_parameters",
+        "max_position_embeddings",
+        "tie_word_embeddings",
+        "hidden_act",
+        "attention_bias",
+        "mlp_bias",
+        "use_sliding_window",
+        "layer_types",
+    ]
 )
 # Fields of published checkpoints that do not change the logits of a dense decoder.
 _HARMLESS = frozenset(
-    "architectures model_type dtype torch_dtype transformers_version use_cache initializer_range "
-    "bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id attention_dropout pretraining_tp "
-    "max_window_layers sliding_window _name_or_path name_or_path return_dict output_hidden_states "
-    "output_attentions is_llama_config rope_interleaved transformers.js_config "
-    "chunk_size_feed_forward is_encoder_decoder id2label label2id problem_type "
-    "tokenizer_class task_specific_params".split()
+    [
+        "architectures",
+        "model_type",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+        "initializer_range",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "unk_token_id",
+        "sep_token_id",
+        "attention_dropout",
+        "pretraining_tp",
+        "max_window_layers",
+        "sliding_window",
+        "_name_or_path",
+        "name_or_path",
+        "return_dict",
+        "output_hidden_states",
+        "output_attentions",
+        "is_llama_config",
+        "rope_interleaved",
+        "transformers.js_config",
+        "chunk_size_feed_forward",
+        "is_encoder_decoder",
+        "id2label",
+        "label2id",
+        "problem_type",
+        "tokenizer_class",
+        "task_specific_params",
+    ]
 )
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn", "factors")
 _ROPE_FIELDS = frozenset(
-    "rope_type type rope_theta factor original_max_position_embeddings low_freq_factor high_freq_factor "
-    "beta_fast beta_slow attention_factor mscale mscale_all_dim truncate factors finetuned".split()
+    [
+        "rope_type",
+        "type",
+        "rope_theta",
+        "factor",
+        "original_max_position_embeddings",
+        "low_freq_factor",
+        "high_freq_factor",
+        "beta_fast",
+        "beta_slow",
+        "attention_factor",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+        "factors",
+        "finetuned",
+    ]
 )
 
 
@@ -131,16 +190,25 @@ def _read_rope(config: Mapping[str, Any], head_dim: int, max_positions: int) -> 
         raise UnsupportedCheckpointError(
             f"config field rope_parameters.rope_type: {rope_type!r} is not one of {', '.join(_ROPE_TYPES)}"
         )
-    needed = {"linear": ("factor",), "yarn": ("factor",), "factors": ("factors",)}
+    needed: dict[str, tuple[str, ...]] = {"linear": ("factor",), "yarn": ("factor",), "factors": ("factors",)}
     needed["llama3"] = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     for name in needed.get(rope_type, ()):
         if rope.get(name) is None:
-            raise UnsupportedCheckpointError(f"config field rope_parameters.{name} is missing for {rope_type}")
+            raise UnsupportedCheckpointError(
+                f"config field rope_parameters.{name} is missing for {rope_type}"
+            )
     numbers = {
         name: float(rope[name])
-        for name in (
-            "factor low_freq_factor high_freq_factor beta_fast beta_slow attention_factor mscale mscale_all_dim"
-        ).split()
+        for name in [
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "beta_fast",
+            "beta_slow",
+            "attention_factor",
+            "mscale",
+            "mscale_all_dim",
+        ]
         if rope.get(name) is not None
     }
     return RopeConfig(
@@ -172,4 +240,6 @@ def _positive(config: Mapping[str, Any], name: str, default: int | None = None) 
 
 def _require(config: Mapping[str, Any], name: str, wanted: Any) -> None:
     if config.get(name, wanted) != wanted:
-        raise UnsupportedCheckpointError(f"config field {name}: {config[name]!r}, only {wanted!r} is supported")
+        raise UnsupportedCheckpointError(
+            f"config field {name}: {config[name]!r}, only {wanted!r} is supported"
+        )

@@ -5,9 +5,7 @@ from collections.abc import Sequence
 import torch
 
 
-def write_kv(
-    key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.Tensor
-) -> None:
+def write_kv(key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
     """Store one layer's new keys and values, in place.
 
     Args:

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from flexjudge_fast.errors import PromptError
@@ -16,6 +17,11 @@ from flexjudge_fast.media.items import MEDIA_KINDS, MediaItem
 from flexjudge_fast.prompts.segments import Media, Scaffold, Segment, Text
 
 Content = list[Segment]
+_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# Surrounds and fills the second round of markers, to show what a template does to a content: whether it
+# trims it, and whether it escapes or rewrites what is in it.
+_PAD = " \n\t \n "
+_BODY = "<a href=\"x\">'&amp;' \\n\n\n {{ x }} Ab"
 
 
 class ChatTemplate:
@@ -23,19 +29,31 @@ class ChatTemplate:
 
     The template sees a random marker instead of each content. What it writes around the markers is
     scaffold; the contents themselves never pass through it, so nothing in them is interpreted.
+
+    Args:
+        source: the template; `None` when the checkpoint has none; of several named ones "default" is used.
+        tokenizer_config: names the tokens that a template may write, such as `bos_token`.
+
+    Raises:
+        PromptError: the template cannot be parsed.
     """
 
-    def __init__(self, source: str | None, tokenizer_config: Mapping[str, Any]) -> None:
-        self._names = {name: _content(tokenizer_config.get(name)) for name in ("bos_token", "eos_token", "pad_token")}
+    def __init__(
+        self, source: str | Sequence[Mapping[str, Any]] | None, tokenizer_config: Mapping[str, Any]
+    ) -> None:
+        # A token that the checkpoint lacks stays undefined, which writes nothing; None would write "None".
+        tokens = {name: _token(tokenizer_config.get(name)) for name in _TOKEN_NAMES}
+        self._names = {name: token for name, token in tokens.items() if token is not None}
         self._template = None
         if source is None:
             return
-        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        env = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
+        )
         env.filters["tojson"] = _tojson
         env.globals["raise_exception"] = _raise
-        env.globals["strftime_now"] = lambda fmt: datetime.now().strftime(fmt)
         try:
-            self._template = env.from_string(source)
+            self._template = env.from_string(_one_source(source))
         except TemplateError as error:
             raise PromptError(f"chat template: {error}") from error
 
@@ -47,34 +65,86 @@ class ChatTemplate:
                 `{"type": "text", "text": ...}`, `{"type": "image", "image": ...}` and the like.
 
         Raises:
-            PromptError: a message is malformed, or the template refuses, drops or repeats a content.
+            PromptError: a message is malformed, or the template refuses, drops, repeats or alters a content.
         """
         contents = [_read_message(i, message) for i, message in enumerate(messages)]
         roles = [message["role"] for message in messages]
         nonce = secrets.token_hex(8)
-        markers = [f"\ue000{nonce}:{i}\ue001" for i in range(len(contents))]
-        rendered = self._render(roles, markers)
-        # A template may trim contents (Llama 3 does). Spaces around the markers show which it trims.
-        padded = self._render(roles, [f" {marker} " for marker in markers])
-        segments: list[Segment] = []
-        found = re.split(f"\ue000{nonce}:(\\d+)\ue001", rendered)
-        if [int(i) for i in found[1::2]] != list(range(len(contents))):
-            raise PromptError("chat template: it drops, repeats or reorders the messages' contents")
-        for i, scaffold in enumerate(found[0::2]):
+        markers = [f"\ue000aB{nonce}:{i}\ue001" for i in range(len(contents))]
+        now = datetime.now()  # one moment for both rounds: a template may write the date
+        scaffolds = _split(self._render(roles, markers, now), markers)
+        padded = self._render(roles, [f"{_PAD}{m}{_BODY}{m}{_PAD}" for m in markers], now)
+        trims = _trims(scaffolds, padded, markers)
+        segments: list[Segment] = [Scaffold(scaffolds[0])]
+        for content, scaffold, (left, right) in zip(contents, scaffolds[1:], trims, strict=True):
+            segments += _trim(content, left, right)
             segments.append(Scaffold(scaffold))
-            if i < len(contents):
-                trimmed = f" {markers[i]} " not in padded
-                segments.extend(_trim(contents[i]) if trimmed else contents[i])
         return tuple(segments)
 
-    def _render(self, roles: Sequence[str], contents: Sequence[str]) -> str:
+    def _render(self, roles: Sequence[str], contents: Sequence[str], now: datetime) -> str:
         if self._template is None:
             raise PromptError("the checkpoint has no chat template; give a string or token ids instead")
         messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
+        context: dict[str, Any] = {**self._names, "messages": messages, "tools": None, "documents": None}
+        context["strftime_now"] = now.strftime
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True, tools=None, **self._names)
-        except (TemplateError, TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise PromptError(f"chat template: {error}") from error
+            return self._template.render(context, add_generation_prompt=True)
+        except Exception as error:  # a template is a program: it can raise anything
+            raise PromptError(f"chat template: {error or type(error).__name__}") from error
+
+
+class _GenerationBlock(Extension):
+    """`{% generation %}` marks the assistant's turns in training templates; its inside is all that counts."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _split(rendered: str, markers: Sequence[str]) -> list[str]:
+    """What stands between the markers: one piece more than there are markers."""
+    pieces = []
+    for marker in markers:
+        before, found, rendered = rendered.partition(marker)
+        if not found:
+            raise PromptError("chat template: it drops, repeats, reorders or alters a message's content")
+        pieces.append(before)
+    if any(marker in piece for marker in markers for piece in (*pieces, rendered)):
+        raise PromptError("chat template: it drops, repeats, reorders or alters a message's content")
+    return [*pieces, rendered]
+
+
+def _trims(scaffolds: Sequence[str], padded: str, markers: Sequence[str]) -> list[tuple[bool, bool]]:
+    """For each content, whether the template cuts the white space on its left and on its right."""
+    pieces = _split(padded, [marker for marker in markers for _ in range(2)]) if markers else [padded]
+    if any(body != _BODY for body in pieces[1::2]):
+        raise PromptError("chat template: it alters the messages' contents")
+    cuts: list[bool] = []
+    for i, (scaffold, piece) in enumerate(zip(scaffolds, pieces[0::2], strict=True)):
+        before = (True, False) if i > 0 else (True,)  # there is no content before the first scaffold
+        after = (True, False) if i < len(markers) else (True,)
+        fits = [
+            (a, b)
+            for a in before
+            for b in after
+            if piece == ("" if a else _PAD) + scaffold + ("" if b else _PAD)
+        ]
+        if not fits:
+            raise PromptError("chat template: it alters the messages' contents")
+        cuts += fits[0]
+    return list(zip(cuts[1:-1:2], cuts[2:-1:2], strict=True))
+
+
+def _one_source(source: str | Sequence[Mapping[str, Any]]) -> str:
+    if isinstance(source, str):
+        return source
+    named = {t.get("name"): t.get("template") for t in source if isinstance(t, Mapping)}
+    default = named.get("default")
+    if not isinstance(default, str):
+        raise PromptError('chat template: neither a string nor a list with one named "default"')
+    return default
 
 
 def _read_message(index: int, message: Any) -> Content:
@@ -100,23 +170,41 @@ def _read_part(index: int, part: Any) -> Segment:
     raise PromptError(f'message {index}: a part needs "type" (one of {kinds}) and a field of that name')
 
 
-def _trim(content: Content) -> Content:
-    """Strip the outer edges of a content, as the template would."""
+def _trim(content: Content, left: bool, right: bool) -> Content:
+    """Cut the white space at the outer edges of a content, as the template would."""
     trimmed = list(content)
-    if trimmed and isinstance(trimmed[0], Text):
-        trimmed[0] = Text(trimmed[0].text.lstrip())
-    if trimmed and isinstance(trimmed[-1], Text):
-        trimmed[-1] = Text(trimmed[-1].text.rstrip())
+    for i in range(len(trimmed) if left else 0):
+        part = trimmed[i]
+        if not isinstance(part, Text):
+            break
+        trimmed[i] = part = Text(part.text.lstrip())
+        if part.text:
+            break
+    for i in reversed(range(len(trimmed) if right else 0)):
+        part = trimmed[i]
+        if not isinstance(part, Text):
+            break
+        trimmed[i] = part = Text(part.text.rstrip())
+        if part.text:
+            break
     return trimmed
 
 
-def _content(token: Any) -> str | None:
+def _token(token: Any) -> str | None:
     value = token.get("content") if isinstance(token, Mapping) else token
     return value if isinstance(value, str) else None
 
 
-def _tojson(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _raise(message: str) -> NoReturn:

@@ -1,6 +1,5 @@
 """The four answer formats: which answers are legal, how they are written, how they are read."""
 
-import math
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -11,6 +10,7 @@ Kind = Literal["score", "pair", "rank", "choice"]
 CHOICES = ("A>B", "B>A", "A=B=Good", "A=B=Bad")
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 _MAX_VALUES = 1001
+_LIMIT = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,12 @@ class Scale:
     def __post_init__(self) -> None:
         for name in ("low", "high"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise InvalidArgumentError(f"scale: {name}={value!r} is not a finite number")
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or not -_LIMIT <= value <= _LIMIT
+            ):
+                raise InvalidArgumentError(f"scale: {name}={value!r} is not a number within {_LIMIT:,}")
             if abs(value * 10 - round(value * 10)) > 1e-9:
                 raise InvalidArgumentError(f"scale: {name}={value!r} has more than one decimal")
         if self.low >= self.high:
@@ -32,7 +36,9 @@ class Scale:
         if self.low < 0:
             raise InvalidArgumentError(f"scale: low={self.low!r} is negative")
         if len(self._tenths) > _MAX_VALUES:
-            raise InvalidArgumentError(f"scale: {len(self._tenths)} values, at most {_MAX_VALUES} are allowed")
+            raise InvalidArgumentError(
+                f"scale: {len(self._tenths)} values, at most {_MAX_VALUES} are allowed"
+            )
 
     @property
     def decimals(self) -> bool:
@@ -84,7 +90,8 @@ class AnswerFormat:
         distinct = len({float(v) for v in self.scale.values})
         if self.kind == "rank" and distinct < self.num_responses:
             raise InvalidArgumentError(
-                f"scale: {distinct} different scores cannot rank {self.num_responses} responses; widen the scale"
+                f"scale: {distinct} different scores cannot rank {self.num_responses} responses; "
+                "widen the scale"
             )
 
     def parts(self) -> tuple[str | Slot, ...]:
@@ -98,12 +105,16 @@ class AnswerFormat:
         return (*parts, "</answer>")
 
     def parse(self, text: str) -> Answer | None:
-        """Read freely generated text: the last complete answer after the last `</think>`, or `None`."""
-        tail = text.rpartition(THINK_CLOSE)[2]
-        found = re.findall(r"<answer>([^<]*)</answer>", tail)
+        """Read freely generated text: the last complete answer after the last `</think>`, or `None`.
+
+        The values of one answer stand side by side, with nothing but white space between them. Reasoning
+        that was begun and never closed holds no answer, whatever it quotes.
+        """
+        tail = text.rpartition(THINK_CLOSE)[2].partition(THINK_OPEN)[0]
+        runs = re.findall(r"(?:<answer>[^<]*</answer>\s*)+", tail)
+        values = tuple(value.strip() for value in re.findall(r"<answer>([^<]*)</answer>", (runs or [""])[-1]))
         count = 1 if self.kind == "choice" else self.num_responses
-        values = tuple(value.strip() for value in found[-count:])
-        if len(values) < count:
+        if len(values) != count:
             return None
         if self.kind == "choice":
             match = re.fullmatch(r"\[\[(.+)\]\]", values[0])

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 
 from flexjudge_fast.prompts.formats import THINK_CLOSE, THINK_OPEN, Answer, AnswerFormat, Slot
 from flexjudge_fast.prompts.tokenizer import Tokenizer
@@ -44,6 +45,7 @@ class CompiledSlot:
     root: TrieNode
     end: int
     longest: int
+    probe_paths: tuple[tuple[int, ...], ...]
 
     def branches(self, node: TrieNode) -> list[int]:
         """The tokens that may come at `node`, when no value is taken yet."""
@@ -74,13 +76,14 @@ class AnswerGrammar:
         self.banned = sorted(tokenizer.control_ids - stop_ids)
         parts = answer_format.parts()
         self.first_literal = str(parts[0])
-        self.opening = tokenizer.encode_text(_OPENING)
-        self.closing = tokenizer.encode_text(_CLOSING + self.first_literal)
-        self.literals = [tokenizer.encode_text(part) for part in parts if isinstance(part, str)]
+        encode = partial(tokenizer.encode_text, continued=True)
+        self.opening = encode(_OPENING)
+        self.closing = encode(_CLOSING + self.first_literal)
+        self.literals = [encode(part) for part in parts if isinstance(part, str)]
         slots = [part for part in parts if isinstance(part, Slot)]
         tries = {slot: _build_trie(tokenizer, slot) for slot in set(slots)}
         self.slots = [
-            CompiledSlot(slot, tries[slot], self.literals[i + 1][0], _depth(tries[slot]))
+            CompiledSlot(slot, tries[slot], self.literals[i + 1][0], _depth(tries[slot]), _paths(tries[slot]))
             for i, slot in enumerate(slots)
         ]
 
@@ -164,10 +167,7 @@ class AnswerState:
 
     def probes(self) -> list[Probe]:
         """Paths that together reach every branching place of the current slot's trie but its root."""
-        paths = [p for p, node in self._current.root.walk() if p and len(self._current.branches(node)) > 1]
-        return [
-            Probe(self._slot, p) for p in paths if not any(q != p and q[: len(p)] == p for q in paths)
-        ]
+        return [Probe(self._slot, path) for path in self._current.probe_paths]
 
     def watch(self, slot: int, prefix: tuple[int, ...]) -> Sequence[int]:
         """The tokens whose log-probabilities are wanted after `prefix`; empty where there is no choice."""
@@ -198,12 +198,15 @@ class AnswerState:
         return self._grammar.slots[self._slot]
 
     def _advance_think(self, token_id: int) -> None:
+        tag = THINK_CLOSE.encode()
+        searched = max(len(self._think) - len(tag) + 1, 0)  # the tag may have begun in earlier tokens
         self._think += self._grammar.tokenizer.token_bytes(token_id)
         self._num_think += 1
-        _, tag, rest = self._think.rpartition(THINK_CLOSE.encode())
-        if tag:
+        at = self._think.find(tag, searched)
+        if at >= 0:
+            rest = bytes(self._think[at + len(tag) :])
             self._thinking = False
-            self._queue = deque(self._grammar.tokenizer.encode_text(self._lead_after(bytes(rest))))
+            self._queue = deque(self._grammar.tokenizer.encode_text(self._lead_after(rest), continued=True))
         elif self._num_think == self._grammar.max_think_tokens:
             self.close()
 
@@ -278,11 +281,20 @@ def _build_trie(tokenizer: Tokenizer, slot: Slot) -> TrieNode:
     for value in slot.values:
         node = root
         node.below.add(value)
-        for token_id in tokenizer.encode_text(value):
+        for token_id in tokenizer.encode_text(value, continued=True):
             node = node.children.setdefault(token_id, TrieNode())
             node.below.add(value)
         node.value = value
     return root
+
+
+def _paths(root: TrieNode) -> tuple[tuple[int, ...], ...]:
+    """Paths to the branching places below the root; one that a longer path passes by is left out."""
+    branching = [
+        prefix for prefix, node in root.walk() if prefix and len(node.children) + (node.value is not None) > 1
+    ]
+    passed = {path[:length] for path in branching for length in range(1, len(path))}
+    return tuple(path for path in branching if path not in passed)
 
 
 def _depth(node: TrieNode) -> int:

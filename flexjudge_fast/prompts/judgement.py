@@ -1,7 +1,6 @@
 """What is to be judged, and how: checked when it is made."""
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -54,7 +53,7 @@ class Judgement:
 
     kind: Kind
     instruction: str
-    responses: tuple[str | Response, ...]
+    responses: Sequence[str | Response]
     system: str | None = None
     rubric: str | None = None
     scale: tuple[float, float] = (1, 10)
@@ -83,6 +82,8 @@ class Judgement:
                 raise InvalidArgumentError(f"{name}: a list is expected, not {type(value).__name__}")
             object.__setattr__(self, name, tuple(value))
         _text("instruction", self.instruction)
+        if not isinstance(self.template, str | Path | None):
+            raise InvalidArgumentError(f"template: a path is expected, not {type(self.template).__name__}")
         for name in ("system", "rubric", "id"):
             if getattr(self, name) is not None:
                 _text(name, getattr(self, name))
@@ -96,7 +97,7 @@ class Judgement:
         _integer("max_tokens", self.max_tokens, 1, 2**31)
         if self.max_think_tokens is not None:
             _integer("max_think_tokens", self.max_think_tokens, 0, 2**31)
-        _number("temperature", self.temperature, 0, math.inf)
+        _number("temperature", self.temperature, 0, 1e6)
         _number("top_p", self.top_p, 1e-9, 1)
         _ = self.format  # checks scale and number of responses
 
@@ -120,6 +121,8 @@ class Judgement:
         if not isinstance(data, Mapping):
             raise InvalidArgumentError(f"a judgement must be an object, not {type(data).__name__}")
         given = dict(data)
+        if "response" in given and "responses" in given:
+            raise InvalidArgumentError("response: give it or responses, not both")
         if "response" in given:
             given["responses"] = [given.pop("response")]
         known = {field.name for field in fields(cls)}
@@ -131,9 +134,20 @@ class Judgement:
                 raise InvalidArgumentError(f"{name} is missing")
         if not isinstance(given["responses"], list | tuple):
             raise InvalidArgumentError("responses: a list is expected")
-        given["responses"] = [Response(**r) if isinstance(r, Mapping) else r for r in given["responses"]]
+        given["responses"] = [_read_response(f"responses[{i}]", r) for i, r in enumerate(given["responses"])]
         given.setdefault("kind", "score" if len(given["responses"]) == 1 else "pair")
         return cls(**given)
+
+
+def _read_response(name: str, value: Any) -> Any:
+    """A JSON object to a `Response`; anything else as it is."""
+    if not isinstance(value, Mapping):
+        return value
+    known = [field.name for field in fields(Response)]
+    for key in value:
+        if key not in known:
+            raise InvalidArgumentError(f"{name}: unknown field {key!r}; known are: {', '.join(known)}")
+    return Response(**value)
 
 
 def _text(name: str, value: object) -> None:
@@ -168,6 +182,6 @@ def _integer(name: str, value: object, low: int, high: int) -> None:
 
 
 def _number(name: str, value: object, low: float, high: float) -> None:
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    ok = isinstance(value, int | float) and not isinstance(value, bool)
     if not ok or not low <= cast(float, value) <= high:
         raise InvalidArgumentError(f"{name}={value!r}: must be a number from {low:g} to {high:g}")

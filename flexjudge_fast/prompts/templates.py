@@ -66,7 +66,11 @@ def load_template(path: str | Path | None = None) -> PromptTemplate:
     """
     source = "the built-in template" if path is None else str(path)
     try:
-        raw = Path(path).read_bytes() if path is not None else (files(__package__) / "default.toml").read_bytes()
+        raw = (
+            Path(path).read_bytes()
+            if path is not None
+            else (files(__package__) / "default.toml").read_bytes()
+        )
         data = tomllib.loads(raw.decode())
     except (OSError, ValueError) as error:
         raise PromptError(f"{source}: {error}") from error

@@ -10,6 +10,11 @@ from tokenizers import Tokenizer as HFTokenizer
 from flexjudge_fast.errors import CheckpointError, PromptError, UnsupportedMediaError
 from flexjudge_fast.prompts.segments import Media, Scaffold, Segment
 
+# What Unicode calls white space; str.strip() alone would also take the separators U+001C to U+001F.
+_WHITESPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
+    map(chr, range(0x2000, 0x200B))
+)
+
 
 class Tokenizer:
     """A checkpoint's tokenizer in two forms: whole, and without its added tokens.
@@ -26,17 +31,22 @@ class Tokenizer:
         try:
             spec = json.loads(tokenizer_json)
             self._whole = HFTokenizer.from_str(tokenizer_json)
-            added = {t["content"]: t for t in spec.get("added_tokens") or ()}
-            # Without added tokens nothing in a text is looked up as a whole; it is all ordinary text.
-            self._plain = HFTokenizer.from_str(json.dumps({**spec, "added_tokens": [], "post_processor": None}))
+            added = {t["content"]: t for t in spec.get("added_tokens") or () if t["content"]}
+            plain = json.dumps(_without_added_tokens(spec, frozenset(added)))
+            self._plain = HFTokenizer.from_str(plain)
+            # A tokenizer may set a space before a text's first word only: not behind a control token.
+            behind = plain.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
+            self._behind = self._plain if behind == plain else HFTokenizer.from_str(behind)
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(f"tokenizer.json: {error}") from error
-        for tokenizer in (self._whole, self._plain):
+        for tokenizer in (self._whole, self._plain, self._behind):
             tokenizer.no_truncation()
             tokenizer.no_padding()
         self._added = added
         self.control_ids = frozenset(int(token["id"]) for token in added.values())
-        self._cut = re.compile("|".join(re.escape(t) for t in sorted(added, key=len, reverse=True)) or r"(?!)")
+        self._cut = re.compile(
+            "|".join(re.escape(t) for t in sorted(added, key=len, reverse=True)) or r"(?!)"
+        )
         self._special_ids = frozenset(int(t["id"]) for t in added.values() if t.get("special"))
         self.vocab_size = self._whole.get_vocab_size(with_added_tokens=True)
         self.eos_ids = self._named_ids(config, "eos_token")
@@ -55,14 +65,15 @@ class Tokenizer:
         ids: list[int] = self._whole.encode(text).ids
         return ids
 
-    def encode_text(self, text: str) -> list[int]:
-        """Ids of untrusted text, alone.
+    def encode_text(self, text: str, *, continued: bool = False) -> list[int]:
+        """Ids of untrusted text, alone; `continued`: other tokens stand before it.
 
         Raises:
             PromptError: the text would yield a control id all the same, or cannot be encoded.
         """
         _check_text(text)
-        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        tokenizer = self._behind if continued else self._plain
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
         for token_id in ids:
             if token_id in self.control_ids:
                 raise PromptError(f"text yields the control token {self._whole.id_to_token(token_id)!r}")
@@ -84,10 +95,10 @@ class Tokenizer:
         def flush(strip_right: bool = False) -> None:
             text = "".join(plain)
             plain.clear()
-            text = text.lstrip() if strip_left else text
-            text = text.rstrip() if strip_right else text
+            text = text.lstrip(_WHITESPACE) if strip_left else text
+            text = text.rstrip(_WHITESPACE) if strip_right else text
             if text:
-                ids.extend(self.encode_text(text))
+                ids.extend(self.encode_text(text, continued=bool(ids)))
 
         for segment in segments:
             if isinstance(segment, Media):
@@ -130,6 +141,29 @@ def _check_text(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise PromptError(f"text cannot be encoded: {error.reason} at character {error.start}") from error
+
+
+def _without_added_tokens(spec: dict[str, Any], added: frozenset[str]) -> dict[str, Any]:
+    """The same tokenizer, in which no text leads to an added token.
+
+    It is not enough to drop the list of added tokens: a vocabulary may hold them too, where merges or a
+    look-up of whole words would find them. There they keep their ids under names that nothing leads to.
+    """
+    model = dict(spec["model"])
+
+    def hidden(piece: str) -> str:
+        return f"\ufdd0{piece}\ufdd1" if piece in added else piece
+
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {hidden(piece): token_id for piece, token_id in model["vocab"].items()}
+    else:
+        model["vocab"] = [[hidden(piece), score] for piece, score in model["vocab"]]
+    if isinstance(model.get("unk_token"), str):
+        model["unk_token"] = hidden(model["unk_token"])
+    if "merges" in model:
+        pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
+        model["merges"] = [[a, b] for a, b in pairs if added.isdisjoint((a, b, a + b))]
+    return {**spec, "model": model, "added_tokens": [], "post_processor": None}
 
 
 def _byte_alphabet() -> dict[str, bytes]:

@@ -98,7 +98,9 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoin
     if ggufs:
         raise CheckpointError(f"{path}: it holds {len(ggufs)} .gguf files; name the one to load")
     if any(next(path.glob(pattern), None) for pattern in _PICKLES):
-        raise CheckpointError(f"{path}: it holds only pickled weights, which are never loaded; use safetensors")
+        raise CheckpointError(
+            f"{path}: it holds only pickled weights, which are never loaded; use safetensors"
+        )
     raise CheckpointError(f"{path}: it holds neither safetensors nor a .gguf file")
 
 

@@ -91,7 +91,9 @@ class GgufCheckpoint(Checkpoint):
             return DenseTensor(_as_tensor(data).reshape(-1).view(torch.bfloat16).reshape(shape))
         found = find_format(kind)
         if found is None:
-            raise UnsupportedCheckpointError(f"{self.path}: tensor {name} has type {kind}, which is not supported")
+            raise UnsupportedCheckpointError(
+                f"{self.path}: tensor {name} has type {kind}, which is not supported"
+            )
         if len(shape) != 2 or shape[1] % found.block_size:
             raise CheckpointError(f"{self.path}: tensor {name} of shape {shape} cannot be {kind}")
         row_bytes = shape[1] // found.block_size * found.block_bytes
@@ -164,7 +166,9 @@ class GgufCheckpoint(Checkpoint):
             if field is None or token_id is None:
                 continue
             if not 0 <= token_id < len(field.data):
-                raise CheckpointError(f"{self.path}: tokenizer.ggml.{role}_token_id {token_id} is out of range")
+                raise CheckpointError(
+                    f"{self.path}: tokenizer.ggml.{role}_token_id {token_id} is out of range"
+                )
             names[f"{role.removesuffix('ding')}_token"] = field.contents(token_id)
         return names
 

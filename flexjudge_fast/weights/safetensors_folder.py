@@ -43,7 +43,9 @@ class SafetensorsCheckpoint(Checkpoint):
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{path}: tensor {name}: {error}") from error
         if not data.is_floating_point():
-            raise UnsupportedCheckpointError(f"{path}: tensor {name} is {data.dtype}, a float type is expected")
+            raise UnsupportedCheckpointError(
+                f"{path}: tensor {name} is {data.dtype}, a float type is expected"
+            )
         return DenseTensor(data)
 
     def tokenizer_json(self) -> str:
@@ -66,7 +68,7 @@ class SafetensorsCheckpoint(Checkpoint):
         if not (self.path / _INDEX).exists():
             where: dict[str, Path] = {}
             for file in sorted(self.path.glob("*.safetensors")):
-                for name in self._open(file).keys():
+                for name in self._open(file).keys():  # noqa: SIM118 - not a dict
                     if name in where:
                         raise CheckpointError(f"{file}: tensor {name} is in {where[name].name} too")
                     where[name] = file
@@ -83,7 +85,9 @@ class SafetensorsCheckpoint(Checkpoint):
             held[shard] = set(self._open(self.path / shard).keys())
         for name, shard in weight_map.items():
             if name not in held[str(shard)]:
-                raise CheckpointError(f"{self.path / str(shard)}: tensor {name} is missing, the index names it")
+                raise CheckpointError(
+                    f"{self.path / str(shard)}: tensor {name} is missing, the index names it"
+                )
         return {name: self.path / str(shard) for name, shard in weight_map.items()}
 
 
@@ -95,7 +99,9 @@ def _chat_template(path: Path, tokenizer_config: dict[str, Any]) -> str | None:
             return jinja.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{jinja}: {error}") from error
-    source = read_json(path / "chat_template.json").get("chat_template", tokenizer_config.get("chat_template"))
+    source = read_json(path / "chat_template.json").get(
+        "chat_template", tokenizer_config.get("chat_template")
+    )
     if isinstance(source, list):
         source = next((t.get("template") for t in source if t.get("name") == "default"), None)
     return source if isinstance(source, str) else None

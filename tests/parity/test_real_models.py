@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from flexjudge_fast import Engine, Judge, Judgement, SamplingParams
 
 TEXTS = (
@@ -31,6 +32,7 @@ TEXTS = (
 def reference_model(engine: Engine):
     """transformers' model, filled with the weights that our loader reads, dequantised."""
     import transformers
+
     from flexjudge_fast.weights.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(engine.provenance["model"])
@@ -48,7 +50,9 @@ def reference_model(engine: Engine):
 
 def check_greedy(path, count=64):
     """Batched, cached, paged: the same tokens; a first difference only where two logits are level."""
-    engine = Engine.from_pretrained(path, max_model_len=512, kv_cache_memory="1GiB", quantization="dequantize")
+    engine = Engine.from_pretrained(
+        path, max_model_len=512, kv_cache_memory="1GiB", quantization="dequantize"
+    )
     params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
     completions = engine.generate(list(TEXTS), params)
     del engine._parts.runner.model.layers[:]  # make room: the reference takes as much again

@@ -1,11 +1,11 @@
-"""The same logits and greedy tokens as transformers on tiny random checkpoints, however the work is cut up."""
+"""The same logits and greedy tokens as transformers on tiny random checkpoints, however work is cut up."""
 
 import random
 
 import pytest
 import torch
-from flexjudge_fast import Engine, SamplingParams
 
+from flexjudge_fast import Engine, SamplingParams
 from tests.models import VOCAB, greedy, write_checkpoint
 
 CASES = {
@@ -44,7 +44,9 @@ def test_logits_and_batch(name, tmp_path):
     assert [list(c.token_ids) for c in engine.generate(batch, GREEDY)] == want
     warm = engine.generate(batch, GREEDY)
     assert [list(c.token_ids) for c in warm] == want
-    assert all(c.num_cached_tokens == len(c.prompt_token_ids) - 1 for c in warm if len(c.prompt_token_ids) > 1)
+    assert all(
+        c.num_cached_tokens == len(c.prompt_token_ids) - 1 for c in warm if len(c.prompt_token_ids) > 1
+    )
     engine.check_integrity()
 
 
@@ -60,7 +62,9 @@ def test_every_chunk_size(tiny, chunk):
     batch = prompts(3, seed=1)
     params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
     engine = Engine.from_pretrained(folder, kv_cache_memory="64MiB", max_batched_tokens=chunk)
-    assert [list(c.token_ids) for c in engine.generate(batch, params)] == [greedy(model, p, 64) for p in batch]
+    assert [list(c.token_ids) for c in engine.generate(batch, params)] == [
+        greedy(model, p, 64) for p in batch
+    ]
     with torch.inference_mode():
         expected = model(torch.tensor([batch[2]])).logits[0]
     assert (engine.logits(batch[2]) - expected).abs().max() < 1e-4
@@ -73,7 +77,9 @@ def test_after_preemption(tiny, block_size):
     token_bytes = 2 * 3 * 2 * 16 * 4
     tight = (max(map(len, batch)) + 64 + 40) // block_size * block_size * token_bytes
     engine = Engine.from_pretrained(folder, kv_cache_memory=tight, block_size=block_size)
-    assert [list(c.token_ids) for c in engine.generate(batch, GREEDY)] == [greedy(model, p, 64) for p in batch]
+    assert [list(c.token_ids) for c in engine.generate(batch, GREEDY)] == [
+        greedy(model, p, 64) for p in batch
+    ]
     assert engine.stats().num_preemptions > 0
     engine.check_integrity()
 

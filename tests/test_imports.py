@@ -1,0 +1,61 @@
+"""Imports go one way only: from the top layer to the bottom one."""
+
+import ast
+from pathlib import Path
+
+import flexjudge_fast
+
+# Top to bottom. A module may import from its own layer and from those below.
+LAYERS = (
+    "cli",
+    "judge",
+    "progress",
+    "tally",
+    "engine",
+    "prompts",
+    "media",
+    "models",
+    "layers",
+    "weights",
+    "ops",
+)
+ROOT = Path(flexjudge_fast.__file__).parent
+FREE = {"errors", "verdict"}  # import nothing of ours; anyone may import them
+
+
+def imported(path: Path) -> set[str]:
+    """The layers that a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("flexjudge_fast.")}
+    return found
+
+
+def test_imports_go_down():
+    wrong = []
+    for path in ROOT.rglob("*.py"):
+        layer = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        if layer == "__init__":
+            continue
+        assert layer in LAYERS or layer in FREE, f"{path}: which layer is it?"
+        for other in imported(path) - FREE:
+            if layer in FREE or LAYERS.index(other) < LAYERS.index(layer):
+                wrong.append(f"{path.relative_to(ROOT)} imports {other}")
+    assert not wrong
+
+
+def test_a_forbidden_import_is_noticed(tmp_path):
+    path = tmp_path / "x.py"
+    path.write_text("def f():\n    from flexjudge_fast.engine.engine import Engine\n")
+    assert imported(path) == {"engine"}
+
+
+def test_first_lines_say_what_files_do():
+    for path in ROOT.rglob("*.py"):
+        assert path.read_text().startswith('"""'), path
+        assert len(path.read_text().splitlines()) <= 400, path
