@@ -112,5 +112,5 @@ def _q6_k(b: torch.Tensor) -> torch.Tensor:
     quants = (low | (high << 4)).float() - 32
     scales = b[:, 192:208].contiguous().view(torch.int8).float()
     scale = (_half(b[:, 208:210]) * scales).unsqueeze(-1)  # [n, 16, 1]
-    runs = quants.flatten(1).reshape(-1, 16, 16)
-    return (scale * runs).flatten(1)
+    weights: torch.Tensor = scale * quants.reshape(-1, 16, 16)
+    return weights.flatten(1)

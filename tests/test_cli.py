@@ -1,0 +1,84 @@
+"""The command line as a user meets it: output, files, exit codes, mistakes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from flexjudge_fast import Verdict
+
+from tests.models import write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    write_checkpoint(folder)
+    return folder
+
+
+def flexjudge(*args, **env):
+    command = [sys.executable, "-c", "from flexjudge_fast.cli import main; main()", *map(str, args)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False, env={**os.environ, **env}
+    )
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def test_compare_prints_and_json_reads_back(model):
+    args = ("compare", "Q", "A", "B", "--max-think-tokens", 4, "--order", "both")
+    shown = flexjudge(*args, "--model", model)
+    assert shown.returncode == 0
+    assert "confidence" in shown.stdout
+    data = flexjudge(*args, "--json", FLEXJUDGE_MODEL=str(model))
+    assert Verdict.from_dict(json.loads(data.stdout)).kind == "pair"
+
+
+@pytest.mark.parametrize("command", [["score", "Q", "A"], ["rank", "Q", "A", "B", "C"], ["choose", "Q", "A", "B"]])
+def test_the_other_formats(model, command):
+    done = flexjudge(*command, "--json", "--model", model, "--max-think-tokens", 0)
+    assert json.loads(done.stdout)["finish_reason"] == "answer"
+
+
+def test_run_keeps_going_and_resumes(model, tmp_path):
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    rows = [{"instruction": "Q", "responses": ["A", "B"]}, {"instruction": "Q"}, {"instruction": "Q2", "response": "A"}]
+    source.write_text("\n".join([*map(json.dumps, rows), "{broken"]))
+    args = ("run", source, "-o", out, "--model", model, "--max-think-tokens", 0)
+    done = flexjudge(*args)
+    assert done.returncode == 1
+    verdicts = {v["index"]: v for v in map(json.loads, out.read_text().splitlines())}
+    assert [verdicts[i]["finish_reason"] for i in range(4)] == ["answer", "error", "answer", "error"]
+    assert "responses is missing" in verdicts[1]["error"]
+    kept = out.read_text().splitlines()
+    out.write_text("\n".join([line for line in kept if json.loads(line)["index"] != 2]) + '\n{"index": 2, "ki')
+    assert flexjudge(*args, "--resume").returncode == 0
+    again = [json.loads(line) for line in out.read_text().splitlines()]
+    assert sorted(v["index"] for v in again) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("args", "names"),
+    [
+        (["compare", "Q", "A", "--model", "{model}"], "responses"),
+        (["compare", "Q", "A", "B", "--scale", "5-1"], "scale"),
+        (["score", "Q", "A", "--scale", "wide"], "scale"),
+        (["score", "", "A"], "instruction"),
+        (["score", "Q", "A", "--model", "/nowhere"], "/nowhere"),
+        (["run", "missing.jsonl", "-o", "out.jsonl"], "missing.jsonl"),
+        (["info", "/nowhere"], "/nowhere"),
+        (["score", "Q", "A", "--votes", "0"], "votes"),
+    ],
+)
+def test_a_mistake_is_one_line(model, args, names):
+    done = flexjudge(*[a.format(model=model) for a in args])
+    assert done.returncode == 2
+    assert names in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_info(model):
+    done = flexjudge("info", model, "--json")
+    assert json.loads(done.stdout)["architecture"] == "LlamaForCausalLM"
