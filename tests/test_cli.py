@@ -36,7 +36,9 @@ def test_compare_prints_and_json_reads_back(model):
     assert Verdict.from_dict(json.loads(data.stdout)).kind == "pair"
 
 
-@pytest.mark.parametrize("command", [["score", "Q", "A"], ["rank", "Q", "A", "B", "C"], ["choose", "Q", "A", "B"]])
+@pytest.mark.parametrize(
+    "command", [["score", "Q", "A"], ["rank", "Q", "A", "B", "C"], ["choose", "Q", "A", "B"]]
+)
 def test_the_other_formats(model, command):
     done = flexjudge(*command, "--json", "--model", model, "--max-think-tokens", 0)
     assert json.loads(done.stdout)["finish_reason"] == "answer"
@@ -44,7 +46,11 @@ def test_the_other_formats(model, command):
 
 def test_run_keeps_going_and_resumes(model, tmp_path):
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    rows = [{"instruction": "Q", "responses": ["A", "B"]}, {"instruction": "Q"}, {"instruction": "Q2", "response": "A"}]
+    rows = [
+        {"instruction": "Q", "responses": ["A", "B"]},
+        {"instruction": "Q"},
+        {"instruction": "Q2", "response": "A"},
+    ]
     source.write_text("\n".join([*map(json.dumps, rows), "{broken"]))
     args = ("run", source, "-o", out, "--model", model, "--max-think-tokens", 0)
     done = flexjudge(*args)
@@ -53,7 +59,9 @@ def test_run_keeps_going_and_resumes(model, tmp_path):
     assert [verdicts[i]["finish_reason"] for i in range(4)] == ["answer", "error", "answer", "error"]
     assert "responses is missing" in verdicts[1]["error"]
     kept = out.read_text().splitlines()
-    out.write_text("\n".join([line for line in kept if json.loads(line)["index"] != 2]) + '\n{"index": 2, "ki')
+    out.write_text(
+        "\n".join([line for line in kept if json.loads(line)["index"] != 2]) + '\n{"index": 2, "ki'
+    )
     assert flexjudge(*args, "--resume").returncode == 0
     again = [json.loads(line) for line in out.read_text().splitlines()]
     assert sorted(v["index"] for v in again) == [0, 1, 2, 3]

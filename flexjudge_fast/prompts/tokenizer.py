@@ -37,8 +37,11 @@ class Tokenizer:
             # A tokenizer may set a space before a text's first word only: not behind a control token.
             behind = plain.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
             self._behind = self._plain if behind == plain else HFTokenizer.from_str(behind)
-        except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"tokenizer.json: {error}") from error
+        except BaseException as error:
+            # The library raises bare Exception; where its Rust code panics, a BaseException of its own.
+            if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+                raise CheckpointError(f"tokenizer.json: {error}") from error
+            raise
         for tokenizer in (self._whole, self._plain, self._behind):
             tokenizer.no_truncation()
             tokenizer.no_padding()

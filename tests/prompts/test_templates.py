@@ -66,7 +66,7 @@ def test_a_faulty_file_is_refused_by_file_and_key(tmp_path: Path) -> None:
         load_template(write(tmp_path, head=""))
     path = tmp_path / "part.toml"
     for content, pattern in [
-        ("[score\n", "part.toml"),
+        ("[score\n", r"part\.toml"),
         ('name = "x"\ndefault_rubric = "y"\n', r"\[score\]"),
         ('name = "x"\ndefault_rubric = "y"\nscore = 3\n', r"\[score\]"),
         ('name = "x"\ndefault_rubric = "y"\n[score]\nsystem = "a"\n', r"score\.question"),
@@ -76,7 +76,7 @@ def test_a_faulty_file_is_refused_by_file_and_key(tmp_path: Path) -> None:
         with pytest.raises(PromptError, match=pattern):
             load_template(path)
     path.write_bytes(b'name = "\xff"')
-    with pytest.raises(PromptError, match="part.toml"):
+    with pytest.raises(PromptError, match=r"part\.toml"):
         load_template(path)
     with pytest.raises(PromptError):
         load_template(tmp_path)
