@@ -2,12 +2,13 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
-from flexjudge_fast import Verdict
 
+from flexjudge_fast import Verdict
 from tests.models import write_checkpoint
 
 
@@ -90,3 +91,22 @@ def test_a_mistake_is_one_line(model, args, names):
 def test_info(model):
     done = flexjudge("info", model, "--json")
     assert json.loads(done.stdout)["architecture"] == "LlamaForCausalLM"
+
+
+def test_ctrl_c_keeps_what_is_finished(model, tmp_path):
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    rows = [{"instruction": f"Q{i}", "responses": ["A", "B"], "max_think_tokens": 10 * i} for i in range(200)]
+    source.write_text("\n".join(map(json.dumps, rows)))
+    code = "from flexjudge_fast.cli import main; main()"
+    args = [sys.executable, "-u", "-c", code, "run", str(source), "-o", str(out), "--model", str(model), "--json"]
+    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        first = process.stdout.readline()  # one verdict is there, most are not
+        process.send_signal(signal.SIGINT)
+        _, complaint = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in complaint
+    assert "Traceback" not in complaint
+    lines = out.read_text().splitlines()
+    assert json.loads(first) in [json.loads(line) for line in lines]
+    assert len(lines) < len(rows)

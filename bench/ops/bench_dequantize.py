@@ -3,6 +3,7 @@
 import time
 
 import torch
+
 from flexjudge_fast.ops.dequantize import dequantize
 from flexjudge_fast.weights.formats import QUANT_FORMATS
 

@@ -4,6 +4,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+
 from flexjudge_fast.ops.backend import has_compiled_ops
 from flexjudge_fast.ops.dequantize import dequantize, dequantize_reference
 from flexjudge_fast.ops.linear import quantized_linear

@@ -56,7 +56,7 @@ def harmless_texts(count: int, seed: int = 7) -> list[str]:
 
 
 def test_text_ids_equal_transformers(vocabulary: Vocabulary) -> None:
-    for text in harmless_texts(400):
+    for text in harmless_texts(2000):
         expected = vocabulary.reference.encode(text, add_special_tokens=False)
         assert vocabulary.ours.encode_text(text) == expected, repr(text)
 
@@ -107,7 +107,7 @@ def test_qwen_ids_equal_tiktoken() -> None:
 @pytest.mark.parametrize("fixture", ["smollm2_path", "qwen05b_path"])
 def test_gguf_tokenizer_ids_equal_transformers(request: pytest.FixtureRequest, fixture: str) -> None:
     vocabulary = from_gguf(request.getfixturevalue(fixture))
-    for text in harmless_texts(400):
+    for text in harmless_texts(2000):
         expected = vocabulary.reference.encode(text, add_special_tokens=False)
         assert vocabulary.ours.encode_text(text) == expected, repr(text)
 

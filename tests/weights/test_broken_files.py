@@ -5,9 +5,9 @@ import random
 
 import pytest
 import torch
+
 from flexjudge_fast import CheckpointError, Engine, FlexJudgeError, UnsupportedCheckpointError
 from flexjudge_fast.weights.checkpoint import open_checkpoint
-
 from tests.models import write_checkpoint
 
 
