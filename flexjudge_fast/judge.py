@@ -187,6 +187,11 @@ class Judge:
             grammar = AnswerGrammar(
                 self.engine.tokenizer, answer_format, judgement.max_think_tokens, self.engine.stop_ids
             )
+            needed = grammar.start().reserve()
+            if needed > judgement.max_tokens:
+                raise InvalidArgumentError(
+                    f"max_tokens={judgement.max_tokens}: the answer alone takes up to {needed} tokens"
+                )
         params = SamplingParams(
             temperature=judgement.temperature,
             top_p=judgement.top_p,

@@ -98,7 +98,19 @@ def test_ctrl_c_keeps_what_is_finished(model, tmp_path):
     rows = [{"instruction": f"Q{i}", "responses": ["A", "B"], "max_think_tokens": 10 * i} for i in range(200)]
     source.write_text("\n".join(map(json.dumps, rows)))
     code = "from flexjudge_fast.cli import main; main()"
-    args = [sys.executable, "-u", "-c", code, "run", str(source), "-o", str(out), "--model", str(model), "--json"]
+    args = [
+        sys.executable,
+        "-u",
+        "-c",
+        code,
+        "run",
+        str(source),
+        "-o",
+        str(out),
+        "--model",
+        str(model),
+        "--json",
+    ]
     with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         first = process.stdout.readline()  # one verdict is there, most are not

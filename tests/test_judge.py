@@ -188,3 +188,8 @@ def test_bad_texts_are_named(judge):
     ):
         with pytest.raises(InvalidArgumentError):
             call()
+
+
+def test_max_tokens_that_hold_no_answer_are_refused(judge):
+    with pytest.raises(InvalidArgumentError, match="max_tokens=5"):
+        judge.compare("Q", ["A", "B"], max_tokens=5)

@@ -84,6 +84,8 @@ class Stepper:
         if not bool(torch.isfinite(rows).all()):
             request.finish("error", NumericalError("the model's logits are NaN or infinite"))
         elif request.all_logits:
+            if position == 0:
+                request.logits.clear()  # it starts over after a preemption
             request.logits.append(rows.cpu().clone())
             if not request.num_uncomputed:
                 request.finish("stop")

@@ -13,10 +13,21 @@ import torch
 from flexjudge_fast.errors import CheckpointError, UnsupportedCheckpointError
 from flexjudge_fast.weights.checkpoint import Checkpoint
 from flexjudge_fast.weights.formats import find_format
+from flexjudge_fast.weights.gguf_header import check_header
 from flexjudge_fast.weights.gguf_tokenizer import build_tokenizer_json
 from flexjudge_fast.weights.tensor import DenseTensor, QuantTensor, Weight
 
-_BROKEN = (ValueError, IndexError, KeyError, TypeError, OverflowError, OSError, MemoryError, AttributeError)
+# What gguf, numpy and torch raise on metadata of a wrong type, length or encoding.
+_BROKEN = (
+    ValueError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    OSError,
+    MemoryError,
+    AttributeError,
+    RuntimeError,
+)
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 _TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -43,18 +54,17 @@ class GgufCheckpoint(Checkpoint):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.path = path
+        check_header(path)
         try:
-            with path.open("rb") as file:
-                magic = file.read(4)
-            if magic != b"GGUF":
-                raise CheckpointError(f"{path}: not a GGUF file (it begins with {magic!r})")
             self._reader = gguf.GGUFReader(path)
         except _BROKEN as error:
             raise CheckpointError(f"{path}: truncated or corrupt GGUF: {error}") from error
         self._tensors = {name: t for t in self._reader.tensors if (name := _hf_name(t.name)) is not None}
         self.config = self._read_config()
-        names = self._token_names()
-        self.tokenizer_config = {"chat_template": self._value("tokenizer.chat_template"), **names}
+        template = self._value("tokenizer.chat_template")
+        if template is not None and not isinstance(template, str):
+            raise CheckpointError(f"{path}: metadata tokenizer.chat_template is not a string")
+        self.tokenizer_config = {"chat_template": template, **self._token_names()}
         self.generation_config: dict[str, Any] = {}
 
     def tensor_names(self) -> Sequence[str]:
@@ -71,12 +81,12 @@ class GgufCheckpoint(Checkpoint):
         kind = entry.tensor_type.name
         try:
             weight = self._wrap(entry.data, kind, shape, name)
+            if self.config["model_type"] == "llama" and re.search(r"\.self_attn\.[qk]_proj\.", name):
+                heads = "num_attention_heads" if ".q_proj." in name else "num_key_value_heads"
+                return _unpermute(weight, self.config[heads])
+            return weight
         except _BROKEN as error:
             raise CheckpointError(f"{self.path}: tensor {name} ({kind}): {error}") from error
-        if self.config["model_type"] == "llama" and re.search(r"\.self_attn\.[qk]_proj\.", name):
-            heads = "num_attention_heads" if ".q_proj." in name else "num_key_value_heads"
-            return _unpermute(weight, self.config[heads])
-        return weight
 
     def tokenizer_json(self) -> str:
         try:
@@ -100,12 +110,16 @@ class GgufCheckpoint(Checkpoint):
         return QuantTensor(_as_tensor(data).reshape(shape[0], row_bytes), found, (shape[0], shape[1]))
 
     def _value(self, key: str) -> Any:
+        """One metadata value; `None` when the key is missing."""
         field = self._reader.fields.get(key)
-        return None if field is None else field.contents()
+        try:
+            return None if field is None else field.contents()
+        except _BROKEN as error:
+            raise CheckpointError(f"{self.path}: metadata {key}: {error}") from error
 
     def _read_config(self) -> dict[str, Any]:
         arch = self._value("general.architecture")
-        if arch not in _ARCHITECTURES:
+        if not isinstance(arch, str) or arch not in _ARCHITECTURES:
             raise UnsupportedCheckpointError(
                 f"{self.path}: general.architecture {arch!r} is not supported "
                 f"(this version reads {', '.join(_ARCHITECTURES)})"
@@ -133,8 +147,8 @@ class GgufCheckpoint(Checkpoint):
                 "head_dim": self._value(f"{arch}.attention.key_length"),
                 "tie_word_embeddings": "lm_head.weight" not in self._tensors,
                 "vocab_size": int(self._tensors["model.embed_tokens.weight"].shape[1]),
-                "bos_token_id": self._value("tokenizer.ggml.bos_token_id"),
-                "eos_token_id": self._value("tokenizer.ggml.eos_token_id"),
+                "bos_token_id": self._token_id("bos"),
+                "eos_token_id": self._token_id("eos"),
                 "rope_parameters": self._read_rope(arch),
             }
         except _BROKEN as error:
@@ -157,19 +171,30 @@ class GgufCheckpoint(Checkpoint):
             "original_max_position_embeddings": original,
         }
 
+    def _token_id(self, role: str) -> int | None:
+        """The id of a special token, checked against the vocabulary where there is one."""
+        key = f"tokenizer.ggml.{role}_token_id"
+        token_id = self._value(key)
+        if token_id is None:
+            return None
+        field = self._reader.fields.get("tokenizer.ggml.tokens")
+        end = 1 << 31 if field is None else len(field.data)
+        if not isinstance(token_id, int) or not 0 <= token_id < end:
+            raise CheckpointError(f"{self.path}: {key} {token_id!r} is out of range")
+        return token_id
+
     def _token_names(self) -> dict[str, Any]:
         """The special tokens' texts, by their ids in the metadata."""
-        names: dict[str, Any] = {}
         field = self._reader.fields.get("tokenizer.ggml.tokens")
-        for role in ("bos", "eos", "padding"):
-            token_id = self._value(f"tokenizer.ggml.{role}_token_id")
+        names: dict[str, Any] = {}
+        for role, name in (("bos", "bos_token"), ("eos", "eos_token"), ("padding", "pad_token")):
+            token_id = self._token_id(role)
             if field is None or token_id is None:
                 continue
-            if not 0 <= token_id < len(field.data):
-                raise CheckpointError(
-                    f"{self.path}: tokenizer.ggml.{role}_token_id {token_id} is out of range"
-                )
-            names[f"{role.removesuffix('ding')}_token"] = field.contents(token_id)
+            try:
+                names[name] = field.contents(token_id)
+            except _BROKEN as error:
+                raise CheckpointError(f"{self.path}: tokenizer.ggml.tokens[{token_id}]: {error}") from error
         return names
 
 
@@ -193,6 +218,8 @@ def _as_tensor(data: Any) -> torch.Tensor:
 def _unpermute(weight: Weight, num_heads: int) -> Weight:
     """GGUF stores llama's q and k rows with rotary pairs side by side; back to halves."""
     rows = weight.shape[0]
+    if not isinstance(num_heads, int) or num_heads < 1 or rows % (2 * num_heads):
+        raise ValueError(f"{rows} rows cannot be cut into {num_heads!r} heads of an even size")
     order = torch.arange(rows).reshape(num_heads, rows // num_heads // 2, 2).transpose(1, 2).reshape(-1)
     if isinstance(weight, QuantTensor):
         return QuantTensor(weight.blocks[order], weight.format, weight.shape)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flexjudge_fast import Engine, SamplingParams
+from flexjudge_fast.engine.engine import EngineInput
 from tests.models import VOCAB, greedy, write_checkpoint
 
 CASES = {
@@ -81,6 +82,24 @@ def test_after_preemption(tiny, block_size):
         greedy(model, p, 64) for p in batch
     ]
     assert engine.stats().num_preemptions > 0
+    engine.check_integrity()
+
+
+def test_logits_after_preemption(tiny):
+    """Requests for all logits push each other out while in chunks; none gives a row twice."""
+    folder, model = tiny
+    batch = [p * 3 for p in prompts(6, seed=6)]
+    tight = (max(map(len, batch)) + 32) * 2 * 3 * 2 * 16 * 4
+    engine = Engine.from_pretrained(
+        folder, kv_cache_memory=tight, max_batched_tokens=48, prefix_caching=False
+    )
+    inputs = [EngineInput(tuple(p), SamplingParams(max_tokens=1), all_logits=True) for p in batch]
+    outputs = {o.index: o.logits for o in engine.run(inputs)}
+    for i, prompt in enumerate(batch):
+        with torch.inference_mode():
+            expected = model(torch.tensor([prompt])).logits[0]
+        assert outputs[i].shape == expected.shape
+        assert (outputs[i] - expected).abs().max() < 1e-4
     engine.check_integrity()
 
 
