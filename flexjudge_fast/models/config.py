@@ -54,7 +54,6 @@ _HARMLESS = frozenset(
         "output_hidden_states",
         "output_attentions",
         "is_llama_config",
-        "rope_interleaved",
         "transformers.js_config",
         "chunk_size_feed_forward",
         "is_encoder_decoder",

@@ -33,8 +33,11 @@ def dequantize_reference(blocks: torch.Tensor, format_name: str) -> torch.Tensor
         "Q5_K": (176, _q5_k),
         "Q6_K": (210, _q6_k),
     }[format_name]
-    rows = blocks.shape[0]
-    return expand(blocks.reshape(-1, block_bytes)).reshape(rows, -1)
+    rows, row_bytes = blocks.shape
+    if row_bytes % block_bytes:
+        raise RuntimeError(f"dequantize: rows must hold whole {format_name} blocks of {block_bytes} bytes")
+    expanded = expand(blocks.reshape(rows * (row_bytes // block_bytes), block_bytes))
+    return expanded.reshape(rows, row_bytes // block_bytes * expanded.shape[1])
 
 
 def _half(data: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """A Hugging Face folder: config, tokenizer, and safetensors in one file or in shards."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ class SafetensorsCheckpoint(Checkpoint):
             raise CheckpointError(f"{self.path / _INDEX}: weight_map is missing")
         held: dict[str, set[str]] = {}
         for shard in set(map(str, weight_map.values())):
-            if shard != Path(shard).name or not shard.endswith(".safetensors"):
+            if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors", shard):
                 raise CheckpointError(f"{self.path / _INDEX}: {shard!r} is not a plain safetensors file name")
             if not (self.path / shard).exists():
                 raise CheckpointError(f"{self.path / shard}: the shard is missing")
@@ -103,5 +104,6 @@ def _chat_template(path: Path, tokenizer_config: dict[str, Any]) -> str | None:
         "chat_template", tokenizer_config.get("chat_template")
     )
     if isinstance(source, list):
-        source = next((t.get("template") for t in source if t.get("name") == "default"), None)
+        named = [entry for entry in source if isinstance(entry, dict)]
+        source = next((entry.get("template") for entry in named if entry.get("name") == "default"), None)
     return source if isinstance(source, str) else None
