@@ -11,6 +11,7 @@ from flexjudge_fast.engine.engine import Engine, EngineInput, EngineOutput
 from flexjudge_fast.engine.sampling_params import SamplingParams
 from flexjudge_fast.errors import FlexJudgeError, InvalidArgumentError, UnsupportedMediaError
 from flexjudge_fast.prompts.builder import build_messages
+from flexjudge_fast.prompts.formats import Kind
 from flexjudge_fast.prompts.grammar import AnswerGrammar
 from flexjudge_fast.prompts.judgement import Judgement, Response
 from flexjudge_fast.prompts.templates import PromptTemplate, load_template
@@ -75,7 +76,7 @@ class Judge:
         self, instruction: str, response: ResponseLike, *, stream: Stream | None = None, **options: Any
     ) -> Verdict:
         """Score one response. `options` are fields of `Judgement`, for all four calls."""
-        return self._one(Judgement("score", instruction, (response,), **options), stream)
+        return self._one("score", instruction, (response,), options, stream)
 
     def compare(
         self,
@@ -86,7 +87,7 @@ class Judge:
         **options: Any,
     ) -> Verdict:
         """Score two responses side by side; the higher score wins, equal scores tie."""
-        return self._one(Judgement("pair", instruction, responses, **options), stream)
+        return self._one("pair", instruction, responses, options, stream)
 
     def rank(
         self,
@@ -97,7 +98,7 @@ class Judge:
         **options: Any,
     ) -> Verdict:
         """Score two or more responses, no two alike."""
-        return self._one(Judgement("rank", instruction, responses, **options), stream)
+        return self._one("rank", instruction, responses, options, stream)
 
     def choose(
         self,
@@ -108,7 +109,7 @@ class Judge:
         **options: Any,
     ) -> Verdict:
         """Choose between two responses: either is better, both are good, or both are bad."""
-        return self._one(Judgement("choice", instruction, responses, **options), stream)
+        return self._one("choice", instruction, responses, options, stream)
 
     def run(
         self,
@@ -130,7 +131,23 @@ class Judge:
         total = len(judgements) if isinstance(judgements, Sequence) else None
         return with_progress(verdicts, total)
 
-    def _one(self, judgement: Judgement, stream: Stream | None) -> Verdict:
+    def _one(
+        self,
+        kind: Kind,
+        instruction: str,
+        responses: Sequence[ResponseLike],
+        options: dict[str, Any],
+        stream: Stream | None,
+    ) -> Verdict:
+        if stream is not None and not callable(stream):
+            raise InvalidArgumentError(
+                f"stream={stream!r}: a function is expected, it gets a TextEvent at a time"
+            )
+        for name in options:
+            if name not in Judgement.__dataclass_fields__:
+                known = ", ".join(Judgement.__dataclass_fields__)
+                raise InvalidArgumentError(f"unknown argument {name!r}; known are: {known}")
+        judgement = Judgement(kind, instruction, responses, **options)
         self._inputs(judgement)  # raises what is wrong with it, here and now
         (verdict,) = self._verdicts([judgement], stream, reraise=True)
         return verdict
@@ -139,16 +156,14 @@ class Judge:
         self, judgements: Iterable[Judgement], stream: Stream | None, reraise: bool = False
     ) -> Iterator[Verdict]:
         places: dict[int, tuple[_Open, int]] = {}  # engine input index to judgement and order
-        failed: list[Verdict] = []
 
-        def inputs() -> Iterator[EngineInput]:
+        def inputs() -> Iterator[EngineInput | Exception]:
             count = 0
             for index, judgement in enumerate(judgements):
                 try:
                     opened, items = self._inputs(judgement, index)
                 except FlexJudgeError as error:
-                    failed.append(_error_verdict(judgement, index, error))
-                    continue
+                    opened, items = _Open(index, judgement, self.template, [()]), [error]
                 for place, item in enumerate(items):
                     places[count] = (opened, place)
                     count += 1
@@ -162,16 +177,14 @@ class Judge:
         outputs = self.engine.run(inputs(), on_text if stream is not None else None)
         try:
             for output in outputs:
-                yield from _drain(failed)
                 opened, place = places.pop(output.index)
                 opened.outputs[place] = output
                 if len(opened.outputs) == len(opened.orders):
                     yield self._verdict(opened, reraise)
-            yield from _drain(failed)
         finally:
             outputs.close()  # type: ignore[attr-defined]
 
-    def _inputs(self, judgement: Judgement, index: int = 0) -> tuple[_Open, list[EngineInput]]:
+    def _inputs(self, judgement: Judgement, index: int = 0) -> tuple[_Open, list[EngineInput | Exception]]:
         """The engine inputs of a judgement, one per order of its responses."""
         if not isinstance(judgement, Judgement):
             raise InvalidArgumentError(
@@ -200,7 +213,7 @@ class Judge:
             max_tokens=judgement.max_tokens,
         )
         orders = _orders(judgement)
-        items = []
+        items: list[EngineInput | Exception] = []
         for order in orders:
             prompt = self.engine.encode(build_messages(judgement, template, order))
             items.append(EngineInput(prompt, params, grammar))
@@ -264,8 +277,3 @@ def _error_verdict(judgement: object, index: int, error: Exception) -> Verdict:
     kind = judgement.kind if isinstance(judgement, Judgement) else ""
     name = judgement.id if isinstance(judgement, Judgement) else None
     return Verdict(kind, "error", error=f"{type(error).__name__}: {error}", index=index, id=name)
-
-
-def _drain(verdicts: list[Verdict]) -> Iterator[Verdict]:
-    while verdicts:
-        yield verdicts.pop(0)

@@ -169,6 +169,8 @@ def test_own_template(judge, tmp_path):
         ({"guided": "maybe"}, "guided"),
         ({"rubric": ""}, "rubric"),
         ({"images": "a.png"}, "images"),
+        ({"colour": "red"}, "colour"),
+        ({"stream": True}, "stream"),
     ],
 )
 def test_bad_arguments_are_named(judge, options, name):

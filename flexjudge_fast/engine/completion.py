@@ -40,7 +40,7 @@ def complete(request: Request) -> Completion:
         sample_index=request.sample_index,
         timings=request.timings,
         logprobs=tuple(request.logprobs) if request.params.logprobs is not None else None,
-        answer=None if grammar is None else grammar.result(),
+        answer=None if grammar is None or request.error else grammar.result(),
         reasoning=None if grammar is None else grammar.think_text(),
         error=request.error,
     )

@@ -172,12 +172,16 @@ class Engine:
         return tuple(ids)
 
     def run(
-        self, inputs: Iterable[EngineInput], on_text: TextCallback | None = None, window: int | None = None
+        self,
+        inputs: Iterable[EngineInput | Exception],
+        on_text: TextCallback | None = None,
+        window: int | None = None,
     ) -> Iterator[EngineOutput]:
         """Work through inputs and yield each one's output as soon as it is finished.
 
         Inputs are drawn lazily, `window` ahead, so an endless iterable is fine. Leaving the iterator early
-        cancels what is in flight. An input that cannot run yields an output with its `error`.
+        cancels what is in flight. An input that cannot run yields an output with its `error`; an error in
+        place of an input is passed on in the same way.
 
         Args:
             on_text: called with (input index, sample index, new text) after each step.
@@ -189,7 +193,7 @@ class Engine:
         exhausted = False
         try:
             while True:
-                while not exhausted and len(run.open) < window:
+                while not exhausted and len(run.open) + len(run.outputs) < window:
                     entry = next(source, None)
                     exhausted = entry is None
                     if entry is not None:
@@ -198,7 +202,9 @@ class Engine:
                     self._step()
                 _emit(run, on_text)
                 while run.outputs:
-                    yield run.outputs.popleft()
+                    output = run.outputs.popleft()
+                    _emit(run, on_text)  # another thread may have finished it since
+                    yield output
                 if exhausted and not run.open and not run.outputs:
                     return
         finally:
@@ -249,8 +255,11 @@ class Engine:
                 f"{self.max_model_len}, the KV cache {room} for one sequence"
             )
 
-    def _submit(self, run: _Run, index: int, item: EngineInput) -> None:
+    def _submit(self, run: _Run, index: int, item: EngineInput | Exception) -> None:
         try:
+            if isinstance(item, Exception):
+                run.outputs.append(EngineOutput(index, error=item))
+                return
             self._check_size(item)
         except RequestTooLargeError as error:
             run.outputs.append(EngineOutput(index, error=error))
@@ -296,10 +305,12 @@ class Engine:
         run, index = self._runs.pop(request.id)
         run.open[index].append(request)
         if len(run.open[index]) == run.wanted[index]:
-            samples = sorted(run.open.pop(index), key=lambda r: r.sample_index)
+            samples = sorted(run.open[index], key=lambda r: r.sample_index)
             logits = torch.cat(request.logits) if request.logits else None
             completions = tuple(complete(r) for r in samples)
-            run.outputs.append(EngineOutput(index, completions, completions[0].error, logits))
+            error = next((c.error for c in completions if c.error is not None), None)
+            run.outputs.append(EngineOutput(index, completions, error, logits))
+            del run.open[index]  # last: the waiting thread, which holds no lock, looks here first
 
     def _step(self) -> None:
         with self._lock, interrupts_held():

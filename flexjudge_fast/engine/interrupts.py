@@ -13,10 +13,10 @@ def interrupts_held() -> Iterator[None]:
 
     Only the main thread receives signals; elsewhere this does nothing.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     previous = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or previous is None:
+        yield  # None: the handler is not Python's, as in an embedded interpreter
+        return
     received: list[tuple[int, FrameType | None]] = []
     signal.signal(signal.SIGINT, lambda number, frame: received.append((number, frame)))
     try:

@@ -41,9 +41,10 @@ class Stepper:
             logits = self.runner.run(batch)
             self._postprocess(batch, logits)
         except BaseException:
-            for chunk in batch.chunks:
-                if chunk.request in self.scheduler.running:
-                    self.scheduler.preempt(chunk.request)
+            ran = {chunk.request.id for chunk in batch.chunks}
+            for request in [*self.scheduler.running, *self.scheduler.waiting]:
+                if request.id in ran or not request.num_uncomputed:  # a fork that has not drawn yet
+                    self.scheduler.preempt(request)
             raise
 
     def cancel(self, request_ids: set[int]) -> None:
@@ -75,14 +76,14 @@ class Stepper:
         for chunk in batch.chunks:
             rows = logits[row : row + len(chunk.logit_positions)]
             row += len(rows)
-            if len(rows):
+            if len(rows) and chunk.request.finish_reason is None:
                 self._take(chunk.request, rows, chunk.logit_positions.start)
 
     def _take(self, request: Request, rows: torch.Tensor, position: int) -> None:
         """Logits [n, vocab_size] from `position` on belong to `request`."""
         members = [request]
         if not bool(torch.isfinite(rows).all()):
-            request.finish("error", NumericalError("the model's logits are NaN or infinite"))
+            members = self._fail(request)
         elif request.all_logits:
             if position == 0:
                 request.logits.clear()  # it starts over after a preemption
@@ -98,6 +99,15 @@ class Stepper:
         for member in members:
             if member.finish_reason is not None:
                 self._finish(member)
+
+    def _fail(self, request: Request) -> list[Request]:
+        """All samples of a request whose logits are not finite; its blocks may be bad, so none is kept."""
+        for block_id in request.block_table:
+            self.scheduler.cache.evict(block_id)
+        members = [request] if request.probe is not None else self._fork_samples(request)
+        for member in members:
+            member.finish("error", NumericalError("the model's logits are NaN or infinite"))
+        return members
 
     def _observe(self, request: Request, rows: torch.Tensor, position: int) -> None:
         """A probe's rows: the distribution after each of its forced tokens."""

@@ -283,3 +283,45 @@ def test_waiting_does_not_spin(engine):
     start = time.process_time()
     assert list(engine.run([])) == []
     assert time.process_time() - start < 0.5
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4])
+def test_nan_with_votes_and_probes_ends_in_an_error(folder, step):
+    """Not finite before the fork, at a score, at a probe: an error each time, and the engine goes on."""
+    judge = Judge.from_pretrained(folder, kv_cache_memory="32MiB")
+    model = judge.engine._parts.runner.model
+    logits, calls = model.logits, 0
+
+    def poisoned(hidden):
+        nonlocal calls
+        calls += 1
+        return logits(hidden) * (torch.nan if calls == step else 1)
+
+    want = judge.score("Q", "A", votes=2, max_think_tokens=2).scores
+    model.logits = poisoned
+    with pytest.raises(NumericalError):
+        judge.score("Q", "B", votes=2, max_think_tokens=2)
+    assert judge.score("Q", "A", votes=2, max_think_tokens=2).scores == want
+    judge.engine.check_integrity()
+    assert judge.engine.stats().num_used_blocks == 0
+
+
+def test_threads_with_streams_lose_nothing(folder):
+    judge = Judge.from_pretrained(folder, kv_cache_memory="64MiB")
+    seen: list[tuple[str, str]] = []
+
+    def work() -> None:
+        for n in range(6):
+            text: list[str] = []
+            verdict = judge.score(
+                f"Q{n}", "A", max_tokens=60, stream=lambda e, text=text: text.append(e.text)
+            )
+            seen.append((verdict.reasoning, "".join(text)))
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seen) == 18
+    assert all("</answer>" in text and reasoning in text for reasoning, text in seen)
