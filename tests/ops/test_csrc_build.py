@@ -1,0 +1,41 @@
+"""The C++ sources by themselves: under sanitizers, as shipped, and on a machine without a compiler."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SANITIZED = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+@pytest.mark.parametrize("flags", [SANITIZED, ["-O3"]], ids=["sanitized", "shipped"])
+def test_standalone(flags, tmp_path):
+    """`-O3` runs the build for this machine's instruction set, the sanitized one the plain build."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("there is no C++ compiler here")
+    program = tmp_path / "test_dequantize"
+    sources = [ROOT / "csrc/tests/test_dequantize.cpp", ROOT / "csrc/cpu/dequantize.cpp"]
+    common = ["-std=c++20", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc/include'}"]
+    subprocess.run([compiler, *common, *flags, *sources, "-o", program], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
+
+
+def test_build_without_a_compiler(tmp_path):
+    """The library is left out, the reason printed, and the build goes on."""
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    (tmp_path / "flexjudge_fast").mkdir()
+    (tmp_path / "flexjudge_fast" / "__init__.py").touch()
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "built"]
+    no_compiler = {**os.environ, "CC": "/bin/false", "CXX": "/bin/false"}
+    done = subprocess.run(command, cwd=tmp_path, env=no_compiler, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "compiled CPU ops left out" in done.stderr
+    assert not list(tmp_path.rglob("*.so"))

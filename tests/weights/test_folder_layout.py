@@ -1,0 +1,74 @@
+"""A folder's small files: where the chat template may be, and names that lead out of the folder."""
+
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from flexjudge_fast.errors import CheckpointError, UnsupportedCheckpointError
+from flexjudge_fast.weights.checkpoint import open_checkpoint
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"a": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("files", "want"),
+    [
+        ({}, None),
+        ({"tokenizer_config.json": {"chat_template": "T"}}, "T"),
+        (
+            {"tokenizer_config.json": {"chat_template": "T"}, "chat_template.json": {"chat_template": "J"}},
+            "J",
+        ),
+        ({"chat_template.jinja": "F", "chat_template.json": {"chat_template": "J"}}, "F"),
+        ({"tokenizer_config.json": {"chat_template": [{"name": "default", "template": "D"}]}}, "D"),
+        ({"tokenizer_config.json": {"chat_template": ["x", 3, None]}}, None),
+        ({"tokenizer_config.json": {"chat_template": 3}}, None),
+    ],
+)
+def test_chat_template(folder, files, want):
+    for name, content in files.items():
+        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    assert open_checkpoint(folder).tokenizer_config["chat_template"] == want
+
+
+SHARDS = [
+    "/etc/x.safetensors",
+    "../x.safetensors",
+    "..\\x.safetensors",
+    "x\0.safetensors",
+    "\ud800.safetensors",
+]
+
+
+@pytest.mark.parametrize("shard", [*SHARDS, ".safetensors", "x.bin", 3, None])
+def test_shard_names(folder, shard):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
+    with pytest.raises(CheckpointError, match="not a plain") as caught:
+        open_checkpoint(folder)
+    assert str(caught.value).isprintable()
+
+
+def test_integers_are_no_weights(folder):
+    save_file({"a": torch.ones(2, dtype=torch.int8)}, folder / "model.safetensors")
+    with pytest.raises(UnsupportedCheckpointError, match=r"tensor a is torch\.int8"):
+        open_checkpoint(folder).tensor("a")
+
+
+def test_nothing_of_a_checkpoint_is_executed(folder):
+    """Neither its Python files nor its pickles, and the folder does not become importable."""
+    (folder / "modeling_evil.py").write_text("raise SystemExit('executed')")
+    (folder / "pytorch_model.bin").write_bytes(b"cos\nabort\n(tR.")
+    (folder / "config.json").write_text(json.dumps({"auto_map": {"AutoModel": "modeling_evil.Evil"}}))
+    before = list(sys.path)
+    checkpoint = open_checkpoint(folder)
+    assert list(checkpoint.tensor_names()) == ["a"]
+    assert sys.path == before
+    assert "modeling_evil" not in sys.modules
