@@ -195,3 +195,11 @@ def test_bad_texts_are_named(judge):
 def test_max_tokens_that_hold_no_answer_are_refused(judge):
     with pytest.raises(InvalidArgumentError, match="max_tokens=5"):
         judge.compare("Q", ["A", "B"], max_tokens=5)
+
+
+def test_a_scale_whose_scores_all_begin_alike(judge):
+    """10 to 15: the first digit leaves no choice, and still every score has its probability."""
+    verdict = judge.score("Q", "A", scale=(10, 15), max_think_tokens=0)
+    assert verdict.scores[0] in range(10, 16)
+    assert sum(verdict.score_probs[0].values()) == pytest.approx(1)
+    assert all(p > 0 for p in verdict.score_probs[0].values())

@@ -12,6 +12,7 @@ from flexjudge_fast.engine.sampler import log_probs, sample_token, top_log_probs
 from flexjudge_fast.engine.scheduler import Scheduler
 from flexjudge_fast.engine.stats import EngineStats
 from flexjudge_fast.errors import NumericalError
+from flexjudge_fast.prompts.grammar import AnswerState
 
 
 class Stepper:
@@ -115,9 +116,7 @@ class Stepper:
         assert probe is not None and parent is not None and parent.grammar is not None
         for row in rows:
             prefix = probe.prefix[: position - request.first_logit + 1]
-            ids = parent.grammar.watch(probe.slot, prefix)
-            if ids:
-                parent.grammar.observe(probe.slot, prefix, dict(zip(ids, log_probs(row, ids), strict=True)))
+            _read_distribution(parent.grammar, probe.slot, prefix, row)
             position += 1
         if not request.num_uncomputed:
             request.finish("stop")
@@ -151,8 +150,7 @@ class Stepper:
         else:
             slot = grammar.slot_start()
             if slot is not None:
-                ids = grammar.watch(slot, ())
-                grammar.observe(slot, (), dict(zip(ids, log_probs(row, ids), strict=True)))
+                _read_distribution(grammar, slot, (), row)
                 for probe in grammar.probes():
                     self._start_fork(request, request.fork_probe(0, probe))
             token_id = sample_token(row, params, draw, grammar.allowed(), grammar.banned())
@@ -171,3 +169,10 @@ class Stepper:
             request = parent
         if request.finish_reason is not None and request.open_probes == 0:
             self._deliver(request)
+
+
+def _read_distribution(grammar: AnswerState, slot: int, prefix: tuple[int, ...], row: torch.Tensor) -> None:
+    """Report the logits [vocab_size] after `prefix` to the grammar, where legal values part there."""
+    ids = grammar.watch(slot, prefix)
+    if ids:
+        grammar.observe(slot, prefix, dict(zip(ids, log_probs(row, ids), strict=True)))
