@@ -148,7 +148,6 @@ class Judge:
                 known = ", ".join(Judgement.__dataclass_fields__)
                 raise InvalidArgumentError(f"unknown argument {name!r}; known are: {known}")
         judgement = Judgement(kind, instruction, responses, **options)
-        self._inputs(judgement)  # raises what is wrong with it, here and now
         (verdict,) = self._verdicts([judgement], stream, reraise=True)
         return verdict
 

@@ -40,8 +40,12 @@ def _choice_vote(answer: Answer, order: tuple[int, ...], reasoning: str) -> Vote
     probs = answer.score_probs[0] if answer.score_probs else {answer.values[0]: 1.0}
     if swapped:
         probs = {_swap(name): p for name, p in probs.items()}
-    winner: Winner = "tie" if choice in TIES else 0 if choice == "A>B" else 1
-    return Vote(order, reasoning, "answer", score_probs=(probs,), choice=choice, winner=winner)
+    return Vote(order, reasoning, "answer", score_probs=(probs,), choice=choice, winner=_chosen(choice))
+
+
+def _chosen(choice: str) -> Winner:
+    """The winner that a choice names."""
+    return "tie" if choice in TIES else 0 if choice == "A>B" else 1
 
 
 def _swap(choice: str) -> str:
@@ -135,7 +139,7 @@ def _mean_probs(votes: Sequence[Vote]) -> tuple[dict[str, float], ...]:
 
 def _majority(votes: Sequence[Vote], expected: tuple[float, ...] | None, choice: str | None) -> Winner:
     if choice is not None:
-        return "tie" if choice in TIES else 0 if choice == "A>B" else 1
+        return _chosen(choice)
     counts = Counter(vote.winner for vote in votes)
     top = [winner for winner, count in counts.items() if count == max(counts.values())]
     if len(top) == 1 or expected is None:

@@ -52,7 +52,6 @@ class _Run:
     """What one call of `Engine.run` has in flight."""
 
     open: dict[int, list[Request]] = field(default_factory=dict)  # finished samples, by input index
-    wanted: dict[int, int] = field(default_factory=dict)  # how many samples each input has
     requests: dict[int, tuple[int, Request]] = field(default_factory=dict)  # not yet given out, by id
     outputs: deque[EngineOutput] = field(default_factory=deque)
     emitted: dict[tuple[int, int], tuple[codecs.IncrementalDecoder, int]] = field(default_factory=dict)
@@ -242,32 +241,33 @@ class Engine:
                 "load the model in the process that uses it"
             )
 
+    @property
+    def _room(self) -> int:
+        """The most tokens that one sequence can ever have."""
+        scheduler = self._parts.scheduler  # one block less: a fork may have to copy the one it writes to
+        return min(self.max_model_len, (scheduler.pool.num_blocks - 1) * scheduler.limits.block_size)
+
     def _check_size(self, item: EngineInput) -> None:
         """Refuse what can never run, with the numbers."""
-        size = self._parts.scheduler.limits.block_size
-        room = min(self.max_model_len, (self._parts.scheduler.pool.num_blocks - 1) * size)
         need = len(item.prompt) + (0 if item.all_logits else 1)
         if item.grammar is not None:
             need += item.grammar.start().reserve()
-        if need > room:
+        if need > self._room:
             raise RequestTooLargeError(
                 f"the prompt has {len(item.prompt)} tokens and needs room for {need}; the context holds "
-                f"{self.max_model_len}, the KV cache {room} for one sequence"
+                f"{self.max_model_len}, the KV cache {self._room} for one sequence"
             )
 
     def _submit(self, run: _Run, index: int, item: EngineInput | Exception) -> None:
+        if isinstance(item, Exception):
+            run.outputs.append(EngineOutput(index, error=item))
+            return
         try:
-            if isinstance(item, Exception):
-                run.outputs.append(EngineOutput(index, error=item))
-                return
             self._check_size(item)
         except RequestTooLargeError as error:
             run.outputs.append(EngineOutput(index, error=error))
             return
         params, parts = item.params, self._parts
-        room = min(
-            self.max_model_len, (parts.scheduler.pool.num_blocks - 1) * parts.scheduler.limits.block_size
-        )
         eos = frozenset() if params.ignore_eos else parts.eos_ids
         with self._lock:
             request = Request(
@@ -276,13 +276,12 @@ class Engine:
                 params=params,
                 text=self.tokenizer,
                 stop_ids=eos | frozenset(params.stop_token_ids),
-                max_len=min(room, len(item.prompt) + params.max_tokens),
+                max_len=min(self._room, len(item.prompt) + params.max_tokens),
                 grammar=None if item.grammar is None else item.grammar.start(),
                 all_logits=item.all_logits,
                 samples=params.n,
             )
             run.open[index] = []
-            run.wanted[index] = params.n
             self._track(run, index, request)
             parts.scheduler.add(request)
 
@@ -304,7 +303,7 @@ class Engine:
         """The stepper finished a sample; the input's output is ready with the last one."""
         run, index = self._runs.pop(request.id)
         run.open[index].append(request)
-        if len(run.open[index]) == run.wanted[index]:
+        if len(run.open[index]) == request.params.n:
             samples = sorted(run.open[index], key=lambda r: r.sample_index)
             logits = torch.cat(request.logits) if request.logits else None
             completions = tuple(complete(r) for r in samples)

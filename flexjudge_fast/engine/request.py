@@ -75,10 +75,6 @@ class Request:
         return len(self.token_ids) - self.num_computed
 
     @property
-    def num_generated(self) -> int:
-        return len(self.token_ids) - len(self.prompt)
-
-    @property
     def first_logit(self) -> int:
         """The first position whose logits are needed; no position from here on may come from a cache."""
         if self.all_logits:

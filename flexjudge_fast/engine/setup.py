@@ -11,6 +11,7 @@ from flexjudge_fast.engine.input_buffers import InputBuffers
 from flexjudge_fast.engine.model_runner import ModelRunner, kv_bytes_per_token
 from flexjudge_fast.engine.scheduler import Scheduler, SchedulerLimits
 from flexjudge_fast.errors import CheckpointError, InvalidArgumentError
+from flexjudge_fast.models.config import read_decoder_config
 from flexjudge_fast.models.registry import load_model
 from flexjudge_fast.prompts.chat_template import ChatTemplate
 from flexjudge_fast.prompts.tokenizer import Tokenizer
@@ -44,15 +45,15 @@ def load_parts(
     where = pick_device(device)
     checkpoint = open_checkpoint(model)
     picked = pick_dtype(dtype, checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
-    limit = checkpoint.config.get("max_position_embeddings")
+    decoder = read_decoder_config(checkpoint.config, ignore_config)
+    limit = decoder.max_positions
     max_len = config.max_model_len or limit
-    if config.max_model_len and limit and config.max_model_len > limit:
+    if max_len > limit:
         raise InvalidArgumentError(f"max_model_len={config.max_model_len}: the checkpoint's limit is {limit}")
     tokenizer = Tokenizer(checkpoint.tokenizer_json(), checkpoint.tokenizer_config)
-    network = load_model(checkpoint, picked, where, max_len, quantization == "dequantize", ignore_config)
+    network = load_model(checkpoint, decoder, picked, where, max_len, quantization == "dequantize")
     checkpoint.start_hashing()
-    max_len = max_len or network.config.max_positions
-    block_bytes = config.block_size * kv_bytes_per_token(network.config, picked)
+    block_bytes = config.block_size * kv_bytes_per_token(decoder, picked)
     num_blocks = num_kv_blocks(config, block_bytes, max_len, where)
     max_blocks = -(-max_len // config.block_size) + 1
     buffers = InputBuffers(

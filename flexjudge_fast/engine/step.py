@@ -164,8 +164,7 @@ class Stepper:
             parent.open_probes -= 1
             if request.error is not None and parent.error is None:
                 parent.finish_reason, parent.error = "error", request.error
-                if parent in self.scheduler.running or parent in self.scheduler.waiting:
-                    self.scheduler.remove(parent)
+                self.scheduler.remove(parent)  # does nothing for one that is out already
             request = parent
         if request.finish_reason is not None and request.open_probes == 0:
             self._deliver(request)

@@ -65,23 +65,26 @@ _HARMLESS = frozenset(
     ]
 )
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn", "factors")
+_ROPE_NUMBERS = (  # fields of `RopeConfig` of the same name
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+    "mscale",
+    "mscale_all_dim",
+)
 _ROPE_FIELDS = frozenset(
     [
         "rope_type",
         "type",
         "rope_theta",
-        "factor",
         "original_max_position_embeddings",
-        "low_freq_factor",
-        "high_freq_factor",
-        "beta_fast",
-        "beta_slow",
-        "attention_factor",
-        "mscale",
-        "mscale_all_dim",
         "truncate",
         "factors",
         "finetuned",
+        *_ROPE_NUMBERS,
     ]
 )
 
@@ -196,20 +199,7 @@ def _read_rope(config: Mapping[str, Any], head_dim: int, max_positions: int) -> 
             raise UnsupportedCheckpointError(
                 f"config field rope_parameters.{name} is missing for {rope_type}"
             )
-    numbers = {
-        name: float(rope[name])
-        for name in [
-            "factor",
-            "low_freq_factor",
-            "high_freq_factor",
-            "beta_fast",
-            "beta_slow",
-            "attention_factor",
-            "mscale",
-            "mscale_all_dim",
-        ]
-        if rope.get(name) is not None
-    }
+    numbers = {name: float(rope[name]) for name in _ROPE_NUMBERS if rope.get(name) is not None}
     return RopeConfig(
         head_dim=head_dim,
         theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),

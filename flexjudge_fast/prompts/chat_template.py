@@ -3,7 +3,7 @@
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -173,21 +173,22 @@ def _read_part(index: int, part: Any) -> Segment:
 def _trim(content: Content, left: bool, right: bool) -> Content:
     """Cut the white space at the outer edges of a content, as the template would."""
     trimmed = list(content)
-    for i in range(len(trimmed) if left else 0):
-        part = trimmed[i]
-        if not isinstance(part, Text):
-            break
-        trimmed[i] = part = Text(part.text.lstrip())
-        if part.text:
-            break
-    for i in reversed(range(len(trimmed) if right else 0)):
-        part = trimmed[i]
-        if not isinstance(part, Text):
-            break
-        trimmed[i] = part = Text(part.text.rstrip())
-        if part.text:
-            break
+    if left:
+        _strip_edge(trimmed, range(len(trimmed)), str.lstrip)
+    if right:
+        _strip_edge(trimmed, reversed(range(len(trimmed))), str.rstrip)
     return trimmed
+
+
+def _strip_edge(content: Content, inwards: Iterable[int], strip: Callable[[str], str]) -> None:
+    """Strip parts in place, going inwards, up to the first that keeps some text or is a medium."""
+    for i in inwards:
+        part = content[i]
+        if not isinstance(part, Text):
+            return
+        content[i] = Text(strip(part.text))
+        if strip(part.text):
+            return
 
 
 def _token(token: Any) -> str | None:
