@@ -7,6 +7,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+CSRC = Path("csrc")  # relative to the working directory, which setuptools asks of sources
 
 
 class BuildOps(build_ext):
@@ -40,8 +41,8 @@ setup(
     ext_modules=[
         Extension(
             "flexjudge_fast._C",
-            sources=["csrc/cpu/dequantize.cpp", "csrc/bindings/ops.cpp"],
-            depends=["csrc/include/flexjudge/dequantize.h"],
+            sources=sorted(map(str, [*CSRC.glob("cpu/**/*.cpp"), *CSRC.glob("bindings/*.cpp")])),
+            depends=sorted(map(str, CSRC.rglob("*.h"))),
             define_macros=[("TORCH_TARGET_VERSION", "0x020B000000000000")],  # the stable ABI of torch 2.11
             extra_compile_args=[
                 "-std=c++20",
@@ -50,6 +51,11 @@ setup(
                 "-fvisibility=hidden",
                 "-Wall",
                 "-Wextra",
+                "-Wno-psabi",  # 64-byte vectors between our own functions
+                "-Wno-uninitialized",  # GCC 12 warns in its own AVX-512 header
+                "-Wno-maybe-uninitialized",
+                "-Wno-unused-parameter",  # in torch's headers
+                "-pthread",
             ],
             libraries=["torch_cpu"],  # already loaded by torch when ours is: no run path needed
             language="c++",

@@ -24,6 +24,9 @@ class EngineConfig:
         kv_cache_memory: bytes, or a string such as "2GiB"; from `kv_cache_fraction` when `None`.
         kv_cache_fraction: share of the memory that is free after loading; 0.9 on a GPU, 0.25 on a CPU.
         prefix_caching: keep computed prefixes for later requests.
+        activations: what activations become before a product with quantised weights, on the CPU: "int16"
+            (greedy text is nearly always that of float32) or "int8" (faster on prompts and batches).
+        num_threads: threads of a step on the CPU; torch's number when `None`.
     """
 
     max_model_len: int | None = None
@@ -33,11 +36,15 @@ class EngineConfig:
     kv_cache_memory: int | str | None = None
     kv_cache_fraction: float | None = None
     prefix_caching: bool = True
+    activations: str = "int16"
+    num_threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "max_num_seqs", "max_batched_tokens", "block_size"):
+        if self.activations not in ("int16", "int8"):
+            raise InvalidArgumentError(f'activations={self.activations!r}: must be "int16" or "int8"')
+        for name in ("max_model_len", "max_num_seqs", "max_batched_tokens", "block_size", "num_threads"):
             value = getattr(self, name)
-            if value is None and name == "max_model_len":
+            if value is None and name in ("max_model_len", "num_threads"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InvalidArgumentError(f"{name}={value!r}: must be an integer of at least 1")

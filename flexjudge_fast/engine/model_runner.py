@@ -6,6 +6,7 @@ from flexjudge_fast.engine.batch import Batch
 from flexjudge_fast.engine.input_buffers import InputBuffers
 from flexjudge_fast.models.config import DecoderConfig
 from flexjudge_fast.models.decoder import Decoder
+from flexjudge_fast.models.packed import PackedModel
 from flexjudge_fast.ops.kv_cache import copy_blocks
 
 
@@ -13,7 +14,12 @@ class ModelRunner:
     """`run(batch)` copies forked blocks, runs every layer, and gives the logits the batch asks for."""
 
     def __init__(
-        self, model: Decoder, num_blocks: int, block_size: int, buffers: InputBuffers, device: torch.device
+        self,
+        model: Decoder | PackedModel,
+        num_blocks: int,
+        block_size: int,
+        buffers: InputBuffers,
+        device: torch.device,
     ) -> None:
         config = model.config
         self.model = model
@@ -27,9 +33,9 @@ class ModelRunner:
         """Returns [num_rows, vocab_size] float32, the chunks' `logit_positions` in order."""
         inputs = self.buffers.fill(batch)
         copy_blocks(self.cache, batch.block_copies)
-        hidden = self.model.forward(inputs.token_ids, inputs.attention, self.cache)
+        logits = self.model.step(inputs.token_ids, inputs.attention, self.cache, inputs.logit_rows)
         self.num_forward_tokens += batch.num_tokens
-        return self.model.logits(hidden[inputs.logit_rows])
+        return logits
 
     def release(self) -> None:
         """Drop weights and cache; the runner can't run any more."""

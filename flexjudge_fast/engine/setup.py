@@ -51,7 +51,16 @@ def load_parts(
     if max_len > limit:
         raise InvalidArgumentError(f"max_model_len={config.max_model_len}: the checkpoint's limit is {limit}")
     tokenizer = Tokenizer(checkpoint.tokenizer_json(), checkpoint.tokenizer_config)
-    network = load_model(checkpoint, decoder, picked, where, max_len, quantization == "dequantize")
+    network = load_model(
+        checkpoint,
+        decoder,
+        picked,
+        where,
+        max_len,
+        expand=quantization == "dequantize",
+        activation_bytes=2 if config.activations == "int16" else 1,
+        num_threads=config.num_threads or torch.get_num_threads(),
+    )
     checkpoint.start_hashing()
     block_bytes = config.block_size * kv_bytes_per_token(decoder, picked)
     num_blocks = num_kv_blocks(config, block_bytes, max_len, where)

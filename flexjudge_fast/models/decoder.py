@@ -1,4 +1,4 @@
-"""The pre-norm decoder that Llama and Qwen2 share: embeddings, blocks, final norm, LM head."""
+"""Llama's and Qwen2's pre-norm decoder in plain torch: embeddings, blocks, final norm, LM head."""
 
 from dataclasses import dataclass
 
@@ -27,7 +27,7 @@ class DecoderLayer:
 class Decoder:
     """A Llama-like language model.
 
-    `forward` gives hidden states, `logits` turns the rows that are needed into float32 logits.
+    `step` is what the engine calls; `forward` gives hidden states, `logits` float32 logits of some rows.
     """
 
     def __init__(self, config: DecoderConfig, load: TensorLoader, max_len: int) -> None:
@@ -61,6 +61,12 @@ class Decoder:
             x, residual = layer.post_norm.add(x, residual)
             x, residual = next_norm.add(layer.mlp(x), residual)
         return x
+
+    def step(
+        self, token_ids: torch.Tensor, inputs: AttentionInput, cache: torch.Tensor, logit_rows: torch.Tensor
+    ) -> torch.Tensor:
+        """`forward`, then the logits of `logit_rows` [num_rows]: [num_rows, vocab_size] float32."""
+        return self.logits(self.forward(token_ids, inputs, cache)[logit_rows])
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[num_rows, hidden] to [num_rows, vocab_size] float32."""

@@ -6,7 +6,9 @@ from flexjudge_fast.models.config import DecoderConfig
 from flexjudge_fast.models.decoder import Decoder
 from flexjudge_fast.models.llama import LlamaForCausalLM
 from flexjudge_fast.models.loader import TensorLoader
+from flexjudge_fast.models.packed import PackedModel
 from flexjudge_fast.models.qwen2 import Qwen2ForCausalLM
+from flexjudge_fast.ops.backend import has_compiled_ops
 from flexjudge_fast.weights.checkpoint import Checkpoint
 
 
@@ -17,13 +19,19 @@ def load_model(
     device: torch.device,
     max_len: int,
     expand: bool = False,
-) -> Decoder:
+    activation_bytes: int = 2,
+    num_threads: int = 1,
+) -> Decoder | PackedModel:
     """Load a checkpoint's language model.
 
     Args:
         config: the checkpoint's, as `read_decoder_config` gives it.
         max_len: positions to prepare for, in tokens.
         expand: turn quantised weights into dense ones at load.
+        activation_bytes, num_threads: of the CPU kernels, see `PackedModel`.
+
+    Returns:
+        On a CPU with the compiled ops a `PackedModel`, else the plain torch `Decoder`.
 
     Raises:
         CheckpointError: a tensor is missing, has the wrong shape, or is not finite.
@@ -33,4 +41,7 @@ def load_model(
         "Qwen2ForCausalLM": Qwen2ForCausalLM,
     }
     loader = TensorLoader(checkpoint, dtype, device, expand)
-    return classes[config.architecture](config, loader, max_len)
+    model = classes[config.architecture](config, loader, max_len)
+    if device.type == "cpu" and has_compiled_ops():
+        return PackedModel(model, max_len, activation_bytes, num_threads)
+    return model

@@ -120,7 +120,7 @@ def test_an_abandoned_generator_gives_its_blocks_back(engine):
 
 
 def test_an_interrupt_inside_a_step_leaves_the_engine_whole(engine, monkeypatch):
-    forward = engine._parts.runner.model.forward
+    step = engine._parts.runner.model.step
     calls = 0
 
     def interrupted(*args):
@@ -130,10 +130,10 @@ def test_an_interrupt_inside_a_step_leaves_the_engine_whole(engine, monkeypatch)
             os.kill(os.getpid(), signal.SIGINT)  # held back until the step is over
         if calls == 9:
             raise MemoryError("a step that fails half way")
-        return forward(*args)
+        return step(*args)
 
     want = engine.generate(["one", "two"], SAMPLED)
-    monkeypatch.setattr(engine._parts.runner.model, "forward", interrupted)
+    monkeypatch.setattr(engine._parts.runner.model, "step", interrupted)
     for error in (KeyboardInterrupt, MemoryError):
         with pytest.raises(error):
             engine.generate(["one", "two"], SAMPLED)
@@ -143,16 +143,16 @@ def test_an_interrupt_inside_a_step_leaves_the_engine_whole(engine, monkeypatch)
 
 
 def test_nan_logits_fail_one_request_only(engine, monkeypatch):
-    logits = engine._parts.runner.model.logits
+    step = engine._parts.runner.model.step
 
-    def poisoned(hidden):
-        out = logits(hidden)
+    def poisoned(*args):
+        out = step(*args)
         if len(out) == 3:
             out[1] = torch.nan
         return out
 
     want = [c.token_ids for c in engine.generate(["x", "z"], SAMPLED)]
-    monkeypatch.setattr(engine._parts.runner.model, "logits", poisoned)
+    monkeypatch.setattr(engine._parts.runner.model, "step", poisoned)
     outputs = {o.index: o for o in engine.run(EngineInput(engine.encode(p), SAMPLED) for p in "xyz")}
     assert isinstance(outputs[1].error, NumericalError)
     assert [outputs[i].completions[0].token_ids for i in (0, 2)] == want
@@ -290,15 +290,15 @@ def test_nan_with_votes_and_probes_ends_in_an_error(folder, step):
     """Not finite before the fork, at a score, at a probe: an error each time, and the engine goes on."""
     judge = Judge.from_pretrained(folder, kv_cache_memory="32MiB")
     model = judge.engine._parts.runner.model
-    logits, calls = model.logits, 0
+    run, calls = model.step, 0
 
-    def poisoned(hidden):
+    def poisoned(*args):
         nonlocal calls
         calls += 1
-        return logits(hidden) * (torch.nan if calls == step else 1)
+        return run(*args) * (torch.nan if calls == step else 1)
 
     want = judge.score("Q", "A", votes=2, max_think_tokens=2).scores
-    model.logits = poisoned
+    model.step = poisoned
     with pytest.raises(NumericalError):
         judge.score("Q", "B", votes=2, max_think_tokens=2)
     assert judge.score("Q", "A", votes=2, max_think_tokens=2).scores == want

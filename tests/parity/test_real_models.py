@@ -48,15 +48,15 @@ def reference_model(engine: Engine):
     return model.eval()
 
 
-def check_greedy(path, count=64):
-    """Batched, cached, paged: the same tokens; a first difference only where two logits are level."""
+def check_greedy(path, quantization, margin_limit, count=64):
+    """Batched, cached, paged: the same tokens; a first difference only where two logits are nearly level."""
     engine = Engine.from_pretrained(
-        path, max_model_len=512, kv_cache_memory="1GiB", quantization="dequantize"
+        path, max_model_len=512, kv_cache_memory="1GiB", quantization=quantization
     )
     params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
     completions = engine.generate(list(TEXTS), params)
-    del engine._parts.runner.model.layers[:]  # make room: the reference takes as much again
     model = reference_model(engine)
+    same = 0
     for completion in completions:
         ids = torch.tensor([completion.prompt_token_ids + completion.token_ids])
         start = len(completion.prompt_token_ids) - 1
@@ -68,18 +68,23 @@ def check_greedy(path, count=64):
             if best != token:
                 margin = float(logits[i, best] - logits[i, token])
                 print(f"first difference at token {i}, logit margin {margin:.2e}")
-                assert margin < 1e-4
+                assert margin < margin_limit
                 break
+            same += 1
+    print(f"{same} of {count * len(completions)} tokens stand before a first difference")
+    assert same >= 0.95 * count * len(completions)
 
 
 @pytest.mark.slow
-def test_smollm2_greedy(smollm2_path):
-    check_greedy(smollm2_path)
+@pytest.mark.parametrize(("quantization", "margin_limit"), [("dequantize", 1e-4), (None, 2e-2)])
+def test_smollm2_greedy(smollm2_path, quantization, margin_limit):
+    check_greedy(smollm2_path, quantization, margin_limit)
 
 
 @pytest.mark.slow
-def test_qwen05b_greedy(qwen05b_path):
-    check_greedy(qwen05b_path)
+@pytest.mark.parametrize(("quantization", "margin_limit"), [("dequantize", 1e-4), (None, 2e-2)])
+def test_qwen05b_greedy(qwen05b_path, quantization, margin_limit):
+    check_greedy(qwen05b_path, quantization, margin_limit)
 
 
 def test_quantised_weights_stay_quantised(smollm2_path):
@@ -87,10 +92,10 @@ def test_quantised_weights_stay_quantised(smollm2_path):
     expanded = Engine.from_pretrained(
         smollm2_path, max_model_len=512, kv_cache_memory="64MiB", quantization="dequantize"
     )
-    layer, dense = engine._parts.runner.model.layers[0], expanded._parts.runner.model.layers[0]
-    assert layer.mlp.down.nbytes * 6 < dense.mlp.down.nbytes
+    packed, dense = (e._parts.runner.model.plan.model.layers[0].down.parts[0] for e in (engine, expanded))
+    assert packed.data.nbytes * 6 < dense.data.nbytes
     prompt = "The capital of France is"
-    assert (engine.logits(prompt) - expanded.logits(prompt)).abs().max() < 1e-3
+    assert (engine.logits(prompt) - expanded.logits(prompt)).abs().max() < 2e-2
 
 
 TRIPLES = (

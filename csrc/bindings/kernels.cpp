@@ -1,0 +1,273 @@
+// The CPU kernels as torch ops: shapes and types are checked here, the work is done in csrc/cpu.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <array>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "flexjudge/decoder.h"
+
+namespace {
+
+using flexjudge::Format;
+using flexjudge::Kernels;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Read at every call, so that a test can go through all instruction sets in one process.
+const Kernels& kernels() {
+  const char* wanted = std::getenv("FLEXJUDGE_ISA");
+  const Kernels* found = flexjudge::find_kernels(wanted);
+  STD_TORCH_CHECK(found != nullptr, "FLEXJUDGE_ISA=", wanted == nullptr ? "" : wanted,
+                  ": not one of scalar, avx2, avx512_vnni, or this processor lacks it");
+  return *found;
+}
+
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+void check(bool good, const char* what) { STD_TORCH_CHECK(good, what); }
+
+template <std::size_t N>
+Tensor new_tensor(const Tensor& like, const std::array<int64_t, N>& shape, ScalarType type) {
+  return torch::stable::new_empty(like, {shape.data(), shape.size()}, type);
+}
+
+// A buffer for `bytes` bytes and the first 64-byte boundary in it.
+struct Scratch {
+  Tensor memory;
+  uint8_t* begin;
+  Scratch(const Tensor& like, int64_t bytes)
+      : memory(new_tensor<1>(like, {bytes + 64}, ScalarType::Byte)),
+        begin(reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(memory.mutable_data_ptr()) + 63) / 64 * 64)) {}
+};
+
+const flexjudge::FormatInfo& format_of(const std::string& name) {
+  const flexjudge::FormatInfo* found = flexjudge::find_format(name);
+  STD_TORCH_CHECK(found != nullptr, "unknown weight format ", name);
+  return *found;
+}
+
+// source: contiguous rows of whole units. Returns uint8 [bytes].
+Tensor pack(const Tensor& source, const std::string& format_name, int64_t rows, int64_t columns, int64_t threads) {
+  const auto& format = format_of(format_name);
+  check(source.is_contiguous() && columns % format.unit == 0, "pack: whole units in contiguous rows are needed");
+  const int64_t bytes = source.numel() * static_cast<int64_t>(source.element_size());
+  check(bytes == rows * (columns / format.unit) * format.unit_bytes, "pack: the source's size does not match the shape");
+  const auto layout = flexjudge::packed_layout(format, rows, columns);
+  Tensor packed = new_tensor<1>(source, {layout.bytes()}, ScalarType::Byte);
+  const auto* from = static_cast<const uint8_t*>(source.const_data_ptr());
+  flexjudge::run_team(static_cast<int>(threads), [&](flexjudge::Team& team, int rank) {
+    const flexjudge::Share share(layout.row_blocks, rank, team.size());
+    flexjudge::pack_rows(format, from, rows, columns, share.begin, share.end, data<uint8_t>(packed));
+  });
+  return packed;
+}
+
+// ids: int64 [n]. Returns float32 [n, columns].
+Tensor unpack(const Tensor& packed, const std::string& format_name, int64_t rows, int64_t columns, const Tensor& ids) {
+  const auto& format = format_of(format_name);
+  check(packed.numel() == flexjudge::packed_layout(format, rows, columns).bytes(), "unpack: wrong size");
+  check(ids.scalar_type() == ScalarType::Long && ids.is_contiguous(), "unpack: ids must be contiguous int64");
+  Tensor out = new_tensor<2>(packed, {ids.numel(), columns}, ScalarType::Float);
+  const auto* id = static_cast<const int64_t*>(ids.const_data_ptr());
+  for (int64_t i = 0; i < ids.numel(); ++i) {
+    check(id[i] >= 0 && id[i] < rows, "unpack: an id is out of range");
+    flexjudge::unpack_row(format, static_cast<const uint8_t*>(packed.const_data_ptr()), rows, columns, id[i], data<float>(out) + i * columns);
+  }
+  return out;
+}
+
+flexjudge::Matrix matrix(const uint8_t* packed, const flexjudge::FormatInfo& format, int64_t rows, int64_t columns) {
+  return {packed, &format, rows, columns, flexjudge::packed_layout(format, rows, columns)};
+}
+
+// x: float32 [num_tokens, columns]. Returns float32 [num_tokens, rows].
+Tensor packed_linear(const Tensor& x, const Tensor& packed, const std::string& format_name, int64_t rows, int64_t terms, int64_t threads) {
+  check(x.scalar_type() == ScalarType::Float && x.dim() == 2 && x.is_contiguous(), "packed_linear: x must be contiguous float32 [num_tokens, columns]");
+  check(terms == 1 || terms == 2, "packed_linear: terms must be 1 or 2");
+  flexjudge::Linear w;
+  w.parts.push_back(matrix(static_cast<const uint8_t*>(packed.const_data_ptr()), format_of(format_name), rows, x.size(1)));
+  check(packed.numel() == w.parts[0].layout.bytes(), "packed_linear: the weight's size does not match");
+  Tensor out = new_tensor<2>(x, {x.size(0), rows}, ScalarType::Float);
+  if (x.size(0) == 0) return out;
+  const Kernels& k = kernels();
+  const Scratch scratch(x, k.linear_scratch_bytes(w, static_cast<int>(terms), x.size(0), static_cast<int>(threads)));
+  flexjudge::run_team(static_cast<int>(threads), [&](flexjudge::Team& team, int rank) {
+    k.linear(w, static_cast<int>(terms), static_cast<const float*>(x.const_data_ptr()), x.size(0), data<float>(out), scratch.begin, team, rank);
+  });
+  return out;
+}
+
+Format cache_format(const Tensor& cache) {
+  switch (cache.scalar_type()) {
+    case ScalarType::Float: return Format::kF32;
+    case ScalarType::Half: return Format::kF16;
+    case ScalarType::BFloat16: return Format::kBF16;
+    default: STD_TORCH_CHECK(false, "the KV cache must be float32, float16 or bfloat16");
+  }
+}
+
+// cache: [num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim]; inside a block the order is the kernels'.
+flexjudge::KvCache kv_cache(const Tensor& cache) {
+  check(cache.dim() == 6 && cache.is_contiguous(), "the KV cache must be contiguous with six dimensions");
+  return {data<uint8_t>(cache), cache_format(cache), cache.size(2), cache.size(3), cache.size(4), cache.size(5)};
+}
+
+const int64_t* int64s(const Tensor& t) {
+  check(t.scalar_type() == ScalarType::Long && t.is_contiguous(), "indices must be contiguous int64");
+  return static_cast<const int64_t*>(t.const_data_ptr());
+}
+
+flexjudge::Sequences sequences(const Tensor& query_start, const Tensor& context_lens, const Tensor& block_tables) {
+  check(query_start.numel() == context_lens.numel() + 1 && block_tables.dim() == 2 && block_tables.size(0) >= context_lens.numel(),
+        "query_start, context_lens and block_tables do not agree");
+  return {context_lens.numel(), int64s(query_start), int64s(context_lens), int64s(block_tables), block_tables.size(1)};
+}
+
+int64_t longest(const flexjudge::Sequences& s) {
+  int64_t most = 0;
+  for (int64_t i = 0; i < s.count; ++i) most = std::max(most, s.context_lens[i]);
+  return most;
+}
+
+// query: float32 [num_tokens, num_heads, head_dim]. Returns the same shape.
+Tensor packed_attention(const Tensor& query, const Tensor& cache, int64_t layer, const Tensor& block_tables, const Tensor& query_start,
+                        const Tensor& context_lens, double scale, int64_t threads) {
+  check(query.scalar_type() == ScalarType::Float && query.dim() == 3 && query.is_contiguous(), "query must be contiguous float32 [num_tokens, num_heads, head_dim]");
+  const flexjudge::KvCache kv = kv_cache(cache);
+  check(query.size(2) == kv.head_dim && query.size(1) % kv.num_kv_heads == 0, "query and cache do not agree");
+  const flexjudge::AttentionShape shape{query.size(1), kv.num_kv_heads, kv.head_dim, static_cast<float>(scale)};
+  const flexjudge::Sequences seqs = sequences(query_start, context_lens, block_tables);
+  Tensor out = new_tensor<3>(query, {query.size(0), query.size(1), query.size(2)}, ScalarType::Float);
+  const Kernels& k = kernels();
+  const Scratch scratch(query, k.attention_scratch_bytes(shape, longest(seqs), static_cast<int>(threads)));
+  flexjudge::run_team(static_cast<int>(threads), [&](flexjudge::Team& team, int rank) {
+    k.attention(shape, static_cast<const float*>(query.const_data_ptr()), query.size(1) * query.size(2), kv, layer, seqs, data<float>(out), scratch.begin, team, rank);
+  });
+  return out;
+}
+
+// Reads a decoder from the numbers that `ops/decoder.py` lays out in the same order.
+class PlanReader {
+ public:
+  explicit PlanReader(const Tensor& plan) : at_(int64s(plan)), end_(at_ + plan.numel()) {}
+
+  flexjudge::Decoder decoder() {
+    flexjudge::Decoder m{};
+    m.hidden = next();
+    m.intermediate = next();
+    m.num_heads = next();
+    m.num_kv_heads = next();
+    m.head_dim = next();
+    const int64_t eps_bits = next();
+    double eps;
+    std::memcpy(&eps, &eps_bits, 8);
+    m.eps = static_cast<float>(eps);
+    m.terms = static_cast<int>(next());
+    m.layers.resize(static_cast<std::size_t>(next()));
+    for (flexjudge::Layer& layer : m.layers) {
+      layer.input_norm = floats();
+      layer.qkv = linear();
+      layer.out = linear();
+      layer.post_norm = floats();
+      layer.gate = linear();
+      layer.up = linear();
+      layer.down = linear();
+    }
+    m.norm = floats();
+    m.head = linear();
+    check(at_ == end_, "decoder: the plan is too long");
+    return m;
+  }
+
+ private:
+  int64_t next() {
+    check(at_ < end_, "decoder: the plan is too short");
+    return *at_++;
+  }
+  const float* floats() { return reinterpret_cast<const float*>(next()); }
+  flexjudge::Linear linear() {
+    flexjudge::Linear w;
+    w.parts.resize(static_cast<std::size_t>(next()));
+    w.bias = floats();
+    for (flexjudge::Matrix& part : w.parts) {
+      const auto* packed = reinterpret_cast<const uint8_t*>(next());
+      const auto& format = flexjudge::format_info(static_cast<Format>(next()));
+      const int64_t rows = next(), columns = next();
+      part = matrix(packed, format, rows, columns);
+    }
+    return w;
+  }
+
+  const int64_t* at_;
+  const int64_t* end_;
+};
+
+// One step of a whole decoder; see `ops/decoder.py`. Returns float32 [num_rows, vocab].
+Tensor decoder(const Tensor& plan, const Tensor& hidden, const Tensor& cos, const Tensor& sin, const Tensor& slots, const Tensor& block_tables,
+               const Tensor& query_start, const Tensor& context_lens, const Tensor& cache, const Tensor& logit_rows, int64_t threads) {
+  const flexjudge::Decoder model = PlanReader(plan).decoder();
+  const int64_t n = hidden.size(0);
+  check(hidden.scalar_type() == ScalarType::Float && hidden.is_contiguous() && hidden.size(1) == model.hidden, "decoder: hidden must be contiguous float32");
+  check(cos.scalar_type() == ScalarType::Float && sin.scalar_type() == ScalarType::Float && cos.is_contiguous() && sin.is_contiguous() &&
+            cos.size(0) == n && sin.size(0) == n && cos.size(1) == model.head_dim / 2,
+        "decoder: cos and sin must be contiguous float32 [num_tokens, head_dim / 2]");
+  check(slots.numel() == n && logit_rows.numel() <= n, "decoder: slots and logit rows do not agree with hidden");
+  Tensor logits = new_tensor<2>(hidden, {logit_rows.numel(), model.head.rows()}, ScalarType::Float);
+  if (n == 0) return logits;
+  const flexjudge::Step step{n,
+                             data<float>(hidden),
+                             static_cast<const float*>(cos.const_data_ptr()),
+                             static_cast<const float*>(sin.const_data_ptr()),
+                             int64s(slots),
+                             sequences(query_start, context_lens, block_tables),
+                             kv_cache(cache),
+                             logit_rows.numel(),
+                             int64s(logit_rows),
+                             data<float>(logits)};
+  const Kernels& k = kernels();
+  const Scratch scratch(hidden, k.decoder_scratch_bytes(model, n, longest(step.sequences), static_cast<int>(threads)));
+  flexjudge::run_team(static_cast<int>(threads), [&](flexjudge::Team& team, int rank) { k.decoder(model, step, scratch.begin, team, rank); });
+  return logits;
+}
+
+int64_t format_id(const std::string& name) { return static_cast<int64_t>(format_of(name).format); }
+
+std::string isa() { return kernels().isa; }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(flexjudge, m) {
+  m.def("pack(Tensor source, str format, int rows, int columns, int threads) -> Tensor");
+  m.def("unpack(Tensor packed, str format, int rows, int columns, Tensor ids) -> Tensor");
+  m.def("packed_linear(Tensor x, Tensor packed, str format, int rows, int terms, int threads) -> Tensor");
+  m.def(
+      "packed_attention(Tensor query, Tensor cache, int layer, Tensor block_tables, Tensor query_start, Tensor context_lens, "
+      "float scale, int threads) -> Tensor");
+  m.def(
+      "decoder(Tensor plan, Tensor(a!) hidden, Tensor cos, Tensor sin, Tensor slots, Tensor block_tables, Tensor query_start, "
+      "Tensor context_lens, Tensor(b!) cache, Tensor logit_rows, int threads) -> Tensor");
+  m.def("format_id(str format) -> int");
+  m.def("isa() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flexjudge, CPU, m) {
+  m.impl("pack", TORCH_BOX(&pack));
+  m.impl("unpack", TORCH_BOX(&unpack));
+  m.impl("packed_linear", TORCH_BOX(&packed_linear));
+  m.impl("packed_attention", TORCH_BOX(&packed_attention));
+  m.impl("decoder", TORCH_BOX(&decoder));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flexjudge, CompositeExplicitAutograd, m) {
+  m.impl("format_id", TORCH_BOX(&format_id));
+  m.impl("isa", TORCH_BOX(&isa));
+}

@@ -1,0 +1,196 @@
+// A decoder's layers over one step, on all threads at once: a phase, a barrier, the next phase.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+
+#include "attention.h"
+#include "elementwise.h"
+
+namespace flexjudge::FJ_ISA {
+
+inline std::int64_t widest_panel(const Decoder& m) {
+  std::int64_t bytes = panel_bytes(m.head);
+  for (const Layer& layer : m.layers) {
+    for (const Linear* w : {&layer.qkv, &layer.out, &layer.gate, &layer.up, &layer.down}) bytes = std::max(bytes, panel_bytes(*w));
+  }
+  return bytes;
+}
+
+// Where a step keeps what passes from phase to phase.
+struct StepMemory {
+  std::uint8_t *acts, *mlp_acts, *attention, *threads;
+  float *qkv, *attended;
+  std::int64_t panel;
+
+  StepMemory(const Decoder& m, std::int64_t num_tokens, std::int64_t max_context, int num_threads, std::uint8_t* memory) {
+    std::int64_t at = 0;
+    const auto take = [&](std::int64_t bytes) { return memory + std::exchange(at, at + align64(bytes)); };
+    const std::int64_t width = std::max(m.hidden, m.num_heads * m.head_dim);
+    panel = widest_panel(m);
+    acts = take(activation_bytes(num_tokens, width, m.terms));
+    mlp_acts = take(activation_bytes(num_tokens, m.intermediate, m.terms));
+    qkv = reinterpret_cast<float*>(take(4 * num_tokens * m.qkv_rows()));
+    attended = reinterpret_cast<float*>(take(4 * num_tokens * m.num_heads * m.head_dim));
+    attention = take(attention_scratch_bytes({m.num_heads, m.num_kv_heads, m.head_dim, 1.0f}, max_context, num_threads));
+    threads = take(num_threads * (thread_bytes(panel) + align64(4 * std::max(width, m.intermediate))));
+    bytes = at;
+  }
+  float* row(const Decoder& m, int rank, int size) const {  // one token's values, per thread
+    const std::int64_t width = std::max({m.hidden, m.num_heads * m.head_dim, m.intermediate});
+    return reinterpret_cast<float*>(threads + size * thread_bytes(panel)) + rank * align64(4 * width) / 4;
+  }
+  std::int64_t bytes;
+};
+
+// One thread's view of a step.
+class StepRunner {
+ public:
+  StepRunner(const Decoder& model, const Step& step, const StepMemory& memory, Team& team, int rank)
+      : m_(model), step_(step), memory_(memory), team_(team), rank_(rank), size_(team.size()),
+        scratch_(memory.threads, memory.panel, rank), row_(memory.row(model, rank, size_)) {}
+
+  void run() {
+    for (std::int64_t i = 0; i < static_cast<std::int64_t>(m_.layers.size()); ++i) {
+      const Layer& layer = m_.layers[static_cast<std::size_t>(i)];
+      attention_block(layer, i);
+      mlp_block(layer);
+    }
+    write_logits();
+  }
+
+ private:
+  // Norm of `rows` rows of the residual stream, ready for the layers `readers`.
+  Activations norm(const float* weight, std::initializer_list<const Linear*> readers, std::int64_t rows, const std::int64_t* ids) {
+    const Activations x = place_activations(memory_.acts, Forms(readers), rows, m_.hidden, m_.terms);
+    const Share share(rows, rank_, size_);
+    for (std::int64_t t = share.begin; t < share.end; ++t) {
+      rms_norm(step_.hidden + (ids != nullptr ? ids[t] : t) * m_.hidden, weight, m_.eps, m_.hidden, row_);
+      put_activations(x, t, 0, m_.hidden, row_);
+    }
+    team_.barrier();
+    return x;
+  }
+
+  void attention_block(const Layer& layer, std::int64_t index) {
+    const Activations x = norm(layer.input_norm, {&layer.qkv}, step_.num_tokens, nullptr);
+    apply_linear<false>(layer.qkv, x, memory_.qkv, m_.qkv_rows(), scratch_, rank_, size_);
+    team_.barrier();
+    rotate_and_store(index);
+    team_.barrier();
+    const AttentionShape shape{m_.num_heads, m_.num_kv_heads, m_.head_dim, 1.0f / __builtin_sqrtf(static_cast<float>(m_.head_dim))};
+    attend_any({shape, memory_.qkv, m_.qkv_rows(), step_.cache, index, step_.sequences, memory_.attended}, memory_.attention, team_, rank_);
+    team_.barrier();
+    const std::int64_t width = m_.num_heads * m_.head_dim;
+    const Activations y = place_activations(memory_.acts, Forms({&layer.out}), step_.num_tokens, width, m_.terms);
+    const Share share(step_.num_tokens, rank_, size_);
+    for (std::int64_t t = share.begin; t < share.end; ++t) put_activations(y, t, 0, width, memory_.attended + t * width);
+    team_.barrier();
+    apply_linear<true>(layer.out, y, step_.hidden, m_.hidden, scratch_, rank_, size_);
+    team_.barrier();
+  }
+
+  void rotate_and_store(std::int64_t layer) {
+    const std::int64_t half = m_.head_dim / 2;
+    const Share share(step_.num_tokens, rank_, size_);
+    for (std::int64_t t = share.begin; t < share.end; ++t) {
+      float* heads = memory_.qkv + t * m_.qkv_rows();
+      for (std::int64_t h = 0; h < m_.num_heads + m_.num_kv_heads; ++h) {
+        rotate(heads + h * m_.head_dim, step_.cos + t * half, step_.sin + t * half, half);
+      }
+      const float* keys = heads + m_.num_heads * m_.head_dim;
+      store_token(layer, step_.slots[t], keys, keys + m_.num_kv_heads * m_.head_dim);
+    }
+  }
+
+  void store_token(std::int64_t layer, std::int64_t slot, const float* keys, const float* values) const {
+    const KvCache& cache = step_.cache;
+    const std::int64_t size = cache.block_size, dim = cache.head_dim;
+    const std::int64_t block = slot / size * cache.block_elements(), offset = slot % size;
+    for (std::int64_t h = 0; h < cache.num_kv_heads; ++h) {
+      const std::int64_t head = block + h * size * dim;
+      for (std::int64_t d = 0; d < dim; ++d) {
+        put(cache.side(layer, 0), cache.format, head + d * size + offset, keys[h * dim + d]);
+        put(cache.side(layer, 1), cache.format, head + offset * dim + d, values[h * dim + d]);
+      }
+    }
+  }
+
+  static void put(std::uint8_t* base, Format format, std::int64_t i, float value) {
+    if (format == Format::kF32) {
+      reinterpret_cast<float*>(base)[i] = value;
+    } else {
+      reinterpret_cast<std::uint16_t*>(base)[i] = format == Format::kF16 ? float_to_half(value) : float_to_bf16(value);
+    }
+  }
+
+  void mlp_block(const Layer& layer) {
+    const Activations x = norm(layer.post_norm, {&layer.gate, &layer.up}, step_.num_tokens, nullptr);
+    const Activations y = place_activations(memory_.mlp_acts, Forms({&layer.down}), step_.num_tokens, m_.intermediate, m_.terms);
+    const std::int64_t at_once = tiles_at_once(x);
+    const Share share((m_.intermediate + kGroup - 1) / kGroup, rank_, size_);
+    for (std::int64_t tile = 0; tile < x.num_tiles(); tile += at_once) {
+      const TileRange tokens{tile, std::min(tile + at_once, x.num_tiles())};
+      for (std::int64_t g = share.begin; g < share.end; ++g) gated_group(layer, x, y, tokens, g);
+    }
+    team_.barrier();
+    apply_linear<true>(layer.down, y, step_.hidden, m_.hidden, scratch_, rank_, size_);
+    team_.barrier();
+  }
+
+  // silu(gate) * up for 32 columns of the MLP's inside: both products, the activation, and the next quantisation.
+  void gated_group(const Layer& layer, const Activations& x, const Activations& y, TileRange tokens, std::int64_t g) {
+    const std::int64_t first = tokens.begin * x.tile, count = std::min(tokens.end * x.tile, x.num_tokens) - first;
+    const std::int64_t begin = g * kGroup, end = std::min(begin + kGroup, m_.intermediate);
+    float* c[4];
+    for (int i = 0; i < 4; ++i) {
+      c[i] = scratch_.c + i * kMaxTokensAtOnce * 16;
+      const Linear& w = i < 2 ? layer.gate : layer.up;
+      const std::int64_t block = 2 * g + i % 2;
+      if (block < w.parts[0].layout.row_blocks) {
+        block_product(w.parts[0], block, x, tokens, scratch_.panel, c[i]);
+      } else {
+        std::fill_n(c[i], count * 16, 0.0f);
+      }
+    }
+    for (std::int64_t t = 0; t < count; ++t) {
+      float out[32];
+      for (int i = 0; i < 2; ++i) {
+        F gate = load(c[i] + 16 * t), up = load(c[2 + i] + 16 * t);
+        const int width = static_cast<int>(std::clamp<std::int64_t>(end - begin - 16 * i, 0, 16));
+        if (layer.gate.bias != nullptr) gate = add(gate, load_n(layer.gate.bias + begin + 16 * i, width));
+        if (layer.up.bias != nullptr) up = add(up, load_n(layer.up.bias + begin + 16 * i, width));
+        store(out + 16 * i, swiglu(gate, up));
+      }
+      put_activations(y, first + t, begin, end, out);
+    }
+  }
+
+  void write_logits() {
+    if (step_.num_rows == 0) return;
+    const Activations x = norm(m_.norm, {&m_.head}, step_.num_rows, step_.logit_rows);
+    apply_linear<false>(m_.head, x, step_.logits, m_.head.rows(), scratch_, rank_, size_);
+  }
+
+  const Decoder& m_;
+  const Step& step_;
+  const StepMemory& memory_;
+  Team& team_;
+  const int rank_, size_;
+  const ThreadScratch scratch_;
+  float* const row_;
+};
+
+inline std::int64_t decoder_scratch_bytes(const Decoder& m, std::int64_t num_tokens, std::int64_t max_context, int threads) {
+  return StepMemory(m, num_tokens, max_context, threads, nullptr).bytes;
+}
+
+inline void decoder(const Decoder& m, const Step& step, std::uint8_t* scratch, Team& team, int rank) {
+  std::int64_t max_context = 0;
+  for (std::int64_t i = 0; i < step.sequences.count; ++i) max_context = std::max(max_context, step.sequences.context_lens[i]);
+  const StepMemory memory(m, step.num_tokens, max_context, team.size(), scratch);
+  StepRunner(m, step, memory, team, rank).run();
+}
+
+}  // namespace flexjudge::FJ_ISA

@@ -1,0 +1,63 @@
+// Norm, rotation, activation: the arithmetic between the products. Every sum has one fixed order.
+#pragma once
+
+#include <cstdint>
+
+namespace flexjudge::FJ_ISA {
+
+// e^x to about 1e-7 relative; 0 below -87, at most e^88. Cody-Waite reduction, Taylor polynomial of degree 7.
+FJ_INLINE F exp(F x) {
+  const F clamped = min(set1(88.0f), max(set1(-87.0f), x));  // NaN stays: it is the second operand of both
+  const I n = to_int(mul(clamped, set1(1.44269504f)));
+  const F whole = to_float(n);
+  F r = fma(whole, set1(-0.693145752f), clamped);
+  r = fma(whole, set1(-1.42860677e-6f), r);
+  F p = set1(1.0f / 5040);
+  p = fma(p, r, set1(1.0f / 720));
+  p = fma(p, r, set1(1.0f / 120));
+  p = fma(p, r, set1(1.0f / 24));
+  p = fma(p, r, set1(1.0f / 6));
+  p = fma(p, r, set1(0.5f));
+  p = fma(p, r, set1(1.0f));
+  p = fma(p, r, set1(1.0f));
+  return zero_below(x, set1(-87.0f), mul(p, power_of_two(n)));
+}
+
+FJ_INLINE float exp1(float x) {
+  float out[16];
+  store(out, exp(set1(x)));
+  return out[0];
+}
+
+// silu(gate) * up
+FJ_INLINE F swiglu(F gate, F up) {
+  return mul(div(gate, add(set1(1.0f), exp(sub(zero(), gate)))), up);
+}
+
+// out = x / rms(x) * weight (Zhang & Sennrich 2019, eq. 4).
+inline void rms_norm(const float* x, const float* weight, float eps, std::int64_t n, float* out) {
+  F squares = zero();
+  for (std::int64_t i = 0; i < n; i += 16) {
+    const F v = load_n(x + i, static_cast<int>(n - i < 16 ? n - i : 16));
+    squares = fma(v, v, squares);
+  }
+  const float mean = sum(squares) / static_cast<float>(n);
+  const F factor = set1(1.0f / __builtin_sqrtf(mean + eps));
+  for (std::int64_t i = 0; i < n; i += 16) {
+    const int width = static_cast<int>(n - i < 16 ? n - i : 16);
+    store_n(out + i, mul(mul(load_n(x + i, width), factor), load_n(weight + i, width)), width);
+  }
+}
+
+// Rotates the pairs (i, i + head_dim / 2) of one head in place (Su et al. 2021, half-split layout).
+inline void rotate(float* head, const float* cos, const float* sin, std::int64_t half) {
+  for (std::int64_t i = 0; i < half; i += 16) {
+    const int width = static_cast<int>(half - i < 16 ? half - i : 16);
+    const F a = load_n(head + i, width), b = load_n(head + half + i, width);
+    const F c = load_n(cos + i, width), s = load_n(sin + i, width);
+    store_n(head + i, sub(mul(a, c), mul(b, s)), width);
+    store_n(head + half + i, fma(a, s, mul(b, c)), width);
+  }
+}
+
+}  // namespace flexjudge::FJ_ISA

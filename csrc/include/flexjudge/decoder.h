@@ -1,0 +1,111 @@
+// What a decoder step reads and writes, as plain pointers; and the table of one instruction set's kernels.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "flexjudge/packed.h"
+#include "flexjudge/thread_pool.h"
+
+namespace flexjudge {
+
+// A packed matrix [rows, columns].
+struct Matrix {
+  const std::uint8_t* data = nullptr;
+  const FormatInfo* format = nullptr;
+  std::int64_t rows = 0, columns = 0;
+  PackedLayout layout{};
+
+  bool is_quantized() const { return format->scales != Scales::kNone; }
+};
+
+// Matrices over the same input, their outputs side by side, and a bias [rows of all] or null.
+struct Linear {
+  std::vector<Matrix> parts;
+  const float* bias = nullptr;
+
+  std::int64_t rows() const;
+  std::int64_t columns() const { return parts.front().columns; }
+};
+
+struct Layer {
+  const float* input_norm;  // [hidden]
+  Linear qkv, out;
+  const float* post_norm;  // [hidden]
+  Linear gate, up, down;
+};
+
+struct Decoder {
+  std::int64_t hidden, intermediate, num_heads, num_kv_heads, head_dim;
+  float eps;
+  int terms;  // bytes of a quantised activation: 2 (16 bits) or 1
+  std::vector<Layer> layers;
+  const float* norm;  // [hidden]
+  Linear head;
+
+  std::int64_t qkv_rows() const { return (num_heads + 2 * num_kv_heads) * head_dim; }
+};
+
+// One layer's paged keys and values. A block holds, per KV head, keys as [head_dim][block_size] and values as
+// [block_size][head_dim]; element type F32, F16 or BF16.
+struct KvCache {
+  std::uint8_t* data;  // [num_layers, 2, num_blocks, block]
+  Format format;
+  std::int64_t num_blocks, block_size, num_kv_heads, head_dim;
+
+  std::int64_t element() const { return format == Format::kF32 ? 4 : 2; }
+  std::int64_t block_elements() const { return block_size * num_kv_heads * head_dim; }
+  std::uint8_t* side(std::int64_t layer, int values) const {
+    return data + (2 * layer + values) * num_blocks * block_elements() * element();
+  }
+};
+
+// Which sequences the tokens of a step belong to; see `ops/paged_attention.py`.
+struct Sequences {
+  std::int64_t count;
+  const std::int64_t* query_start;   // [count + 1]
+  const std::int64_t* context_lens;  // [count]
+  const std::int64_t* block_tables;  // [count, max_blocks]
+  std::int64_t max_blocks;
+};
+
+struct AttentionShape {
+  std::int64_t num_heads, num_kv_heads, head_dim;
+  float scale;
+};
+
+struct Step {
+  std::int64_t num_tokens;
+  float* hidden;  // [num_tokens, hidden], the residual stream, overwritten
+  const float* cos;  // [num_tokens, head_dim / 2]
+  const float* sin;
+  const std::int64_t* slots;  // [num_tokens]
+  Sequences sequences;
+  KvCache cache;
+  std::int64_t num_rows;
+  const std::int64_t* logit_rows;  // [num_rows]
+  float* logits;                   // [num_rows, vocab]
+};
+
+// The kernels of one instruction set. All but `quantize` are called by every rank of a team, with the same
+// arguments, and use `scratch`: `*_scratch_bytes` bytes, 64-byte aligned, shared by the team.
+struct Kernels {
+  const char* isa;
+  // out [num_tokens, rows of all parts] = x [num_tokens, columns] times the parts, plus the bias.
+  void (*linear)(const Linear& w, int terms, const float* x, std::int64_t num_tokens, float* out,
+                 std::uint8_t* scratch, Team& team, int rank);
+  std::int64_t (*linear_scratch_bytes)(const Linear& w, int terms, std::int64_t num_tokens, int threads);
+  // query, out [num_tokens, num_heads, head_dim]; rows of `query` are `query_stride` floats apart.
+  void (*attention)(const AttentionShape& shape, const float* query, std::int64_t query_stride, const KvCache& cache,
+                    std::int64_t layer, const Sequences& sequences, float* out, std::uint8_t* scratch, Team& team, int rank);
+  std::int64_t (*attention_scratch_bytes)(const AttentionShape& shape, std::int64_t max_context, int threads);
+  void (*decoder)(const Decoder& model, const Step& step, std::uint8_t* scratch, Team& team, int rank);
+  std::int64_t (*decoder_scratch_bytes)(const Decoder& model, std::int64_t num_tokens, std::int64_t max_context,
+                                        int threads);
+};
+
+// The best kernels that this processor runs, or those that FLEXJUDGE_ISA names ("scalar", "avx2",
+// "avx512_vnni", "avx512_bf16"). Null where the name is unknown or the processor lacks them.
+const Kernels* find_kernels(const char* name);
+
+}  // namespace flexjudge

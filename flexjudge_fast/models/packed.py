@@ -1,0 +1,105 @@
+"""A decoder packed for the CPU kernels: the same `step` as `Decoder`, in one call into C++."""
+
+from collections.abc import Sequence
+
+import torch
+
+from flexjudge_fast.layers.attention import AttentionInput
+from flexjudge_fast.layers.linear import Linear
+from flexjudge_fast.layers.rotary import Rotary
+from flexjudge_fast.models.decoder import Decoder, DecoderLayer
+from flexjudge_fast.ops.decoder import (
+    DecoderPlan,
+    DecoderStep,
+    PackedDecoder,
+    PackedLayer,
+    PackedLinear,
+    run_decoder,
+)
+from flexjudge_fast.ops.packed import PackedMatrix, pack
+from flexjudge_fast.weights.tensor import DenseTensor, QuantTensor, Weight
+
+_DENSE_FORMATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+class PackedModel:
+    """Takes the weights of `model`, which keeps only its embedding.
+
+    Args:
+        activation_bytes: 2 (16-bit activations before a quantised product) or 1.
+        num_threads: threads of a step.
+    """
+
+    def __init__(self, model: Decoder, max_len: int, activation_bytes: int, num_threads: int) -> None:
+        config = self.config = model.config
+        self.dtype = model.dtype
+        self.num_threads = num_threads
+        self.embed = model.embed
+        self.rotary = Rotary(config.rope, max_len, torch.float32, torch.device("cpu"))
+        layers = []
+        while model.layers:  # one at a time, so that only one is there in both forms
+            layers.append(_pack_layer(model.layers.pop(0), config.intermediate_size))
+        self.plan = DecoderPlan(
+            PackedDecoder(
+                config.hidden_size,
+                config.intermediate_size,
+                config.num_heads,
+                config.num_kv_heads,
+                config.head_dim,
+                config.rms_norm_eps,
+                activation_bytes,
+                layers,
+                model.norm.weight.float(),
+                _pack_linear(model.lm_head),
+            )
+        )
+
+    def step(
+        self, token_ids: torch.Tensor, inputs: AttentionInput, cache: torch.Tensor, logit_rows: torch.Tensor
+    ) -> torch.Tensor:
+        """As `Decoder.step`; the cache's blocks have the kernels' inner order."""
+        step = DecoderStep(
+            inputs.slot_mapping,
+            inputs.block_tables.contiguous(),
+            torch.tensor(inputs.query_start),
+            torch.tensor(inputs.context_lens),
+        )
+        hidden = self.embed(token_ids).float()
+        cos_sin = self.rotary(inputs.positions)
+        return run_decoder(self.plan, hidden, cos_sin, step, cache, logit_rows, self.num_threads)
+
+
+def _pack_layer(layer: DecoderLayer, intermediate: int) -> PackedLayer:
+    gate_up = layer.mlp.gate_up
+    gate, up = _split(gate_up.weights, intermediate)
+    biases = (None, None) if gate_up.bias is None else gate_up.bias.float().split(intermediate)
+    return PackedLayer(
+        input_norm=layer.input_norm.weight.float(),
+        qkv=_pack_linear(layer.attention.qkv),
+        out=_pack_linear(layer.attention.out),
+        post_norm=layer.post_norm.weight.float(),
+        gate=PackedLinear([_pack(gate)], biases[0]),
+        up=PackedLinear([_pack(up)], biases[1]),
+        down=_pack_linear(layer.mlp.down),
+    )
+
+
+def _split(weights: Sequence[Weight], rows: int) -> tuple[Weight, Weight]:
+    """Gate and up of a layer that holds them in one matrix or in two."""
+    if len(weights) == 2:
+        return weights[0], weights[1]
+    (merged,) = weights
+    if isinstance(merged, QuantTensor):
+        return merged.rows(0, rows), merged.rows(rows, 2 * rows)
+    return DenseTensor(merged.data[:rows]), DenseTensor(merged.data[rows:])
+
+
+def _pack_linear(linear: Linear) -> PackedLinear:
+    bias = None if linear.bias is None else linear.bias.float()
+    return PackedLinear([_pack(weight) for weight in linear.weights], bias)
+
+
+def _pack(weight: Weight) -> PackedMatrix:
+    if isinstance(weight, QuantTensor):
+        return pack(weight.blocks, weight.format.name, weight.shape[1])
+    return pack(weight.data, _DENSE_FORMATS[weight.data.dtype], weight.shape[1])
