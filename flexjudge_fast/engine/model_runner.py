@@ -1,5 +1,7 @@
 """Runs the model on a batch and owns the KV cache's memory."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 from flexjudge_fast.engine.batch import Batch
@@ -7,6 +9,7 @@ from flexjudge_fast.engine.input_buffers import InputBuffers
 from flexjudge_fast.models.config import DecoderConfig
 from flexjudge_fast.models.decoder import Decoder
 from flexjudge_fast.models.packed import PackedModel
+from flexjudge_fast.ops.backend import one_torch_thread
 from flexjudge_fast.ops.kv_cache import copy_blocks
 
 
@@ -36,6 +39,10 @@ class ModelRunner:
         logits = self.model.step(inputs.token_ids, inputs.attention, self.cache, inputs.logit_rows)
         self.num_forward_tokens += batch.num_tokens
         return logits
+
+    def threads(self) -> AbstractContextManager[None]:
+        """What a step runs in: kernels with threads of their own must not share the cores with torch's."""
+        return one_torch_thread() if isinstance(self.model, PackedModel) else nullcontext()
 
     def release(self) -> None:
         """Drop weights and cache; the runner can't run any more."""

@@ -39,8 +39,9 @@ class Stepper:
         """Schedule, run, postprocess. If anything raises, the batch's requests start over next time."""
         batch = self.scheduler.schedule()
         try:
-            logits = self.runner.run(batch)
-            self._postprocess(batch, logits)
+            with self.runner.threads():
+                logits = self.runner.run(batch)
+                self._postprocess(batch, logits)
         except BaseException:
             ran = {chunk.request.id for chunk in batch.chunks}
             for request in [*self.scheduler.running, *self.scheduler.waiting]:

@@ -85,6 +85,8 @@ FJ_INLINE void expand_scales(const std::uint8_t* in, int i, float zero_point, fl
   }
 }
 
+constexpr std::int64_t kPrefetchAhead = 4096;  // bytes; the processor's own prefetch stops at each 4 KiB page
+
 template <int kBits, Scales kScales>
 void expand(const std::uint8_t* codes, const std::uint8_t* scales, float zero_point, std::int64_t begin, std::int64_t end,
             std::uint8_t* panel) {
@@ -92,7 +94,9 @@ void expand(const std::uint8_t* codes, const std::uint8_t* scales, float zero_po
   constexpr int kUnitBytes = kScales == Scales::kHalf ? 32 : (kScales == Scales::kHalfMin ? 64 : (kScales == Scales::kK ? 256 : 288));
   constexpr std::int64_t kTileBytes = panel_tile_bytes(kScales == Scales::kQ6K ? Kind::kHalves : Kind::kPlain);
   for (std::int64_t i = begin; i < end; ++i, panel += kTileBytes) {
-    expand_codes<kBits>(codes + i * (64 * kBits), panel);
+    const std::uint8_t* tile = codes + i * (64 * kBits);
+    for (int line = 0; line < kBits; ++line) __builtin_prefetch(tile + kPrefetchAhead + 64 * line);
+    expand_codes<kBits>(tile, panel);
     expand_scales<kScales>(scales + (kUnits ? i / 8 : i) * kUnitBytes, static_cast<int>(i % 8), zero_point,
                            reinterpret_cast<float*>(panel + 512));
   }

@@ -1,0 +1,58 @@
+"""The same request gives the same bits: alone, beside others, in any chunks, on any number of threads."""
+
+import pytest
+import torch
+
+from flexjudge_fast import Engine
+from flexjudge_fast.engine.engine import EngineInput
+from flexjudge_fast.engine.sampling_params import SamplingParams
+from flexjudge_fast.ops.backend import has_compiled_ops
+from tests.models import write_checkpoint
+
+PROMPT = [(7 * i * i + 3 * i) % 250 for i in range(300)]  # crosses the attention's chunks of 256 positions
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    if not has_compiled_ops():
+        pytest.skip("the compiled ops are not built here; torch's own products promise no equal bits")
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bits")
+    write_checkpoint(folder, family="qwen2", heads=(6, 2))
+    return folder
+
+
+def logits(path, **limits) -> torch.Tensor:
+    return Engine.from_pretrained(path, max_model_len=512, kv_cache_memory="64MiB", **limits).logits(PROMPT)
+
+
+@pytest.mark.parametrize("activations", ["int16", "int8"])
+def test_chunks_and_threads_quantised(smollm2_path, activations):
+    want = logits(smollm2_path, activations=activations)
+    for chunk, threads in ((1, 1), (5, 2), (64, 3)):
+        got = logits(smollm2_path, activations=activations, max_batched_tokens=chunk, num_threads=threads)
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("block_size", [3, 16, 48])
+def test_chunks_blocks_and_threads_dense(tiny_folder, block_size):
+    """The block size may change where chunks of keys end, not what they hold: the bits are equal too."""
+    want = logits(tiny_folder)
+    for chunk, threads in ((1, 2), (7, 1), (300, 3)):
+        got = logits(tiny_folder, block_size=block_size, max_batched_tokens=chunk, num_threads=threads)
+        assert torch.equal(got, want)
+
+
+def test_beside_others_and_with_a_warm_cache(smollm2_path):
+    engine = Engine.from_pretrained(smollm2_path, max_model_len=512, kv_cache_memory="256MiB")
+    params = SamplingParams(max_tokens=1)
+    alone = engine.logits(PROMPT)
+    others = [PROMPT[:150] + [9, 8, 7] * i for i in range(1, 12)]
+    inputs = [EngineInput(tuple(p), params, all_logits=True) for p in [*others, PROMPT]]
+    outputs = {o.index: o.logits for o in engine.run(inputs)}
+    assert torch.equal(outputs[len(others)], alone)
+    for i in (0, 5, 10):
+        assert torch.equal(outputs[i], engine.logits(others[i]))
