@@ -2,7 +2,7 @@
 // reference, so that the results are equal bit for bit (compiled with -ffp-contract=off).
 #include "flexjudge/dequantize.h"
 
-#include <cstring>
+#include "flexjudge/ggml_bits.h"
 
 // One build per instruction set, chosen when the library is loaded.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
@@ -14,37 +14,9 @@
 namespace flexjudge {
 namespace {
 
-// IEEE half to float by bit arithmetic; exact, subnormals, infinities and NaN included.
-inline float half(const std::uint8_t* p) {
-  const std::uint32_t h = p[0] | (std::uint32_t{p[1]} << 8);
-  const std::uint32_t sign = (h & 0x8000u) << 16;
-  const std::uint32_t magnitude = h & 0x7fffu;
-  float value;
-  if (magnitude >= 0x7c00u) {
-    const std::uint32_t bits = 0x7f800000u | ((magnitude & 0x3ffu) << 13);
-    std::memcpy(&value, &bits, 4);
-  } else if (magnitude < 0x400u) {
-    value = static_cast<float>(magnitude) * 0x1p-24f;
-  } else {
-    const std::uint32_t bits = (magnitude << 13) + (112u << 23);
-    std::memcpy(&value, &bits, 4);
-  }
-  std::uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  bits |= sign;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-inline std::uint32_t word(const std::uint8_t* p) {
-  std::uint32_t bits;
-  std::memcpy(&bits, p, 4);
-  return bits;
-}
-
 FLEXJUDGE_CLONES void q4_0(const std::uint8_t* b, std::int64_t n, float* out) {
   for (; n-- > 0; b += 18, out += 32) {
-    const float d = half(b);
+    const float d = half_at(b);
     for (int i = 0; i < 16; ++i) {
       out[i] = d * static_cast<float>((b[2 + i] & 15) - 8);
       out[16 + i] = d * static_cast<float>((b[2 + i] >> 4) - 8);
@@ -54,7 +26,7 @@ FLEXJUDGE_CLONES void q4_0(const std::uint8_t* b, std::int64_t n, float* out) {
 
 FLEXJUDGE_CLONES void q4_1(const std::uint8_t* b, std::int64_t n, float* out) {
   for (; n-- > 0; b += 20, out += 32) {
-    const float d = half(b), m = half(b + 2);
+    const float d = half_at(b), m = half_at(b + 2);
     for (int i = 0; i < 16; ++i) {
       out[i] = d * static_cast<float>(b[4 + i] & 15) + m;
       out[16 + i] = d * static_cast<float>(b[4 + i] >> 4) + m;
@@ -64,8 +36,8 @@ FLEXJUDGE_CLONES void q4_1(const std::uint8_t* b, std::int64_t n, float* out) {
 
 FLEXJUDGE_CLONES void q5_0(const std::uint8_t* b, std::int64_t n, float* out) {
   for (; n-- > 0; b += 22, out += 32) {
-    const float d = half(b);
-    const std::uint32_t high = word(b + 2);
+    const float d = half_at(b);
+    const std::uint32_t high = word_at(b + 2);
     for (int i = 0; i < 16; ++i) {
       out[i] = d * static_cast<float>(static_cast<int>((b[6 + i] & 15) | ((high >> i & 1) << 4)) - 16);
       out[16 + i] = d * static_cast<float>(static_cast<int>((b[6 + i] >> 4) | ((high >> (16 + i) & 1) << 4)) - 16);
@@ -75,8 +47,8 @@ FLEXJUDGE_CLONES void q5_0(const std::uint8_t* b, std::int64_t n, float* out) {
 
 FLEXJUDGE_CLONES void q5_1(const std::uint8_t* b, std::int64_t n, float* out) {
   for (; n-- > 0; b += 24, out += 32) {
-    const float d = half(b), m = half(b + 2);
-    const std::uint32_t high = word(b + 4);
+    const float d = half_at(b), m = half_at(b + 2);
+    const std::uint32_t high = word_at(b + 4);
     for (int i = 0; i < 16; ++i) {
       out[i] = d * static_cast<float>(static_cast<int>((b[8 + i] & 15) | ((high >> i & 1) << 4))) + m;
       out[16 + i] = d * static_cast<float>(static_cast<int>((b[8 + i] >> 4) | ((high >> (16 + i) & 1) << 4))) + m;
@@ -86,25 +58,14 @@ FLEXJUDGE_CLONES void q5_1(const std::uint8_t* b, std::int64_t n, float* out) {
 
 FLEXJUDGE_CLONES void q8_0(const std::uint8_t* b, std::int64_t n, float* out) {
   for (; n-- > 0; b += 34, out += 32) {
-    const float d = half(b);
+    const float d = half_at(b);
     for (int i = 0; i < 32; ++i) out[i] = d * static_cast<float>(static_cast<std::int8_t>(b[2 + i]));
-  }
-}
-
-// Six-bit scale and minimum of sub-block `i` (of 8), packed in the 12 bytes at `p`.
-inline void k_scale(const std::uint8_t* p, int i, int* scale, int* minimum) {
-  if (i < 4) {
-    *scale = p[i] & 63;
-    *minimum = p[4 + i] & 63;
-  } else {
-    *scale = (p[4 + i] & 15) | ((p[i - 4] >> 6) << 4);
-    *minimum = (p[4 + i] >> 4) | ((p[i] >> 6) << 4);
   }
 }
 
 FLEXJUDGE_CLONES void q4_k(const std::uint8_t* b, std::int64_t n, float* out) {
   for (; n-- > 0; b += 144, out += 256) {
-    const float d = half(b), dmin = half(b + 2);
+    const float d = half_at(b), dmin = half_at(b + 2);
     for (int sub = 0; sub < 8; ++sub) {
       int scale, minimum;
       k_scale(b + 4, sub, &scale, &minimum);
@@ -119,7 +80,7 @@ FLEXJUDGE_CLONES void q4_k(const std::uint8_t* b, std::int64_t n, float* out) {
 
 FLEXJUDGE_CLONES void q5_k(const std::uint8_t* b, std::int64_t n, float* out) {
   for (; n-- > 0; b += 176, out += 256) {
-    const float d = half(b), dmin = half(b + 2);
+    const float d = half_at(b), dmin = half_at(b + 2);
     const std::uint8_t* high = b + 16;
     for (int sub = 0; sub < 8; ++sub) {
       int scale, minimum;
@@ -137,7 +98,7 @@ FLEXJUDGE_CLONES void q5_k(const std::uint8_t* b, std::int64_t n, float* out) {
 
 FLEXJUDGE_CLONES void q6_k(const std::uint8_t* b, std::int64_t n, float* out) {
   for (; n-- > 0; b += 210, out += 256) {
-    const float d = half(b + 208);
+    const float d = half_at(b + 208);
     for (int part = 0; part < 8; ++part) {  // runs of 32 weights: two halves of four
       const int side = part / 4, quarter = part % 4;
       const std::uint8_t* low = b + 64 * side + 32 * (quarter & 1);

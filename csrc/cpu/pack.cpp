@@ -3,7 +3,7 @@
 #include <array>
 #include <cstring>
 
-#include "flexjudge/half.h"
+#include "flexjudge/ggml_bits.h"
 #include "flexjudge/packed.h"
 
 namespace flexjudge {
@@ -19,12 +19,6 @@ constexpr FormatInfo kFormats[] = {
 };
 
 constexpr std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
-
-std::uint32_t word(const std::uint8_t* p) {
-  std::uint32_t w;
-  std::memcpy(&w, p, 4);
-  return w;
-}
 
 void nibbles(const std::uint8_t* p, std::uint8_t* codes) {  // 16 bytes: low nibbles, then high nibbles
   for (int i = 0; i < 16; ++i) {
@@ -42,8 +36,8 @@ void read_codes(Format format, const std::uint8_t* b, int sub, std::uint8_t* cod
   switch (format) {
     case Format::kQ4_0: return nibbles(b + 2, codes);
     case Format::kQ4_1: return nibbles(b + 4, codes);
-    case Format::kQ5_0: nibbles(b + 6, codes); return add_fifth_bits(word(b + 2), codes);
-    case Format::kQ5_1: nibbles(b + 8, codes); return add_fifth_bits(word(b + 4), codes);
+    case Format::kQ5_0: nibbles(b + 6, codes); return add_fifth_bits(word_at(b + 2), codes);
+    case Format::kQ5_1: nibbles(b + 8, codes); return add_fifth_bits(word_at(b + 4), codes);
     case Format::kQ8_0:
       for (int i = 0; i < 32; ++i) codes[i] = static_cast<std::uint8_t>(b[2 + i] + 128);
       return;
@@ -74,44 +68,33 @@ void read_codes(Format format, const std::uint8_t* b, int sub, std::uint8_t* cod
 void write_codes(int bits, const std::uint8_t* codes, std::int64_t lane, std::uint8_t* tile) {
   auto put = [&](int vector, std::uint32_t w) { std::memcpy(tile + 64 * vector + 4 * lane, &w, 4); };
   if (bits == 8) {
-    for (int q = 0; q < 8; ++q) put(q, word(codes + 4 * q));
+    for (int q = 0; q < 8; ++q) put(q, word_at(codes + 4 * q));
     return;
   }
   for (int v = 0; v < 4; ++v) {
-    put(v, (word(codes + 4 * v) & 0x0f0f0f0fu) | ((word(codes + 16 + 4 * v) & 0x0f0f0f0fu) << 4));
+    put(v, (word_at(codes + 4 * v) & 0x0f0f0f0fu) | ((word_at(codes + 16 + 4 * v) & 0x0f0f0f0fu) << 4));
   }
   if (bits == 5) {
     std::uint32_t high = 0;
-    for (int q = 0; q < 8; ++q) high |= (word(codes + 4 * q) >> 4 & 0x01010101u) << q;
+    for (int q = 0; q < 8; ++q) high |= (word_at(codes + 4 * q) >> 4 & 0x01010101u) << q;
     put(4, high);
   }
   if (bits == 6) {
     for (int h = 0; h < 2; ++h) {
       std::uint32_t high = 0;
-      for (int q = 0; q < 4; ++q) high |= (word(codes + 16 * h + 4 * q) >> 4 & 0x03030303u) << (2 * q);
+      for (int q = 0; q < 4; ++q) high |= (word_at(codes + 16 * h + 4 * q) >> 4 & 0x03030303u) << (2 * q);
       put(4 + h, high);
     }
   }
 }
 
 std::uint32_t read_quad(int bits, const std::uint8_t* tile, std::int64_t lane, int q) {
-  auto get = [&](int vector) { return word(tile + 64 * vector + 4 * lane); };
+  auto get = [&](int vector) { return word_at(tile + 64 * vector + 4 * lane); };
   if (bits == 8) return get(q);
   std::uint32_t codes = get(q & 3) >> (4 * (q / 4)) & 0x0f0f0f0fu;
   if (bits == 5) codes |= (get(4) >> q & 0x01010101u) << 4;
   if (bits == 6) codes |= (get(4 + q / 4) >> (2 * (q & 3)) & 0x03030303u) << 4;
   return codes;
-}
-
-// Six-bit scale and minimum of tile `i` (of 8) of a Q4_K or Q5_K unit, out of the 12 bytes at `p`.
-void k_scale(const std::uint8_t* p, int i, int* scale, int* minimum) {
-  if (i < 4) {
-    *scale = p[i] & 63;
-    *minimum = p[4 + i] & 63;
-  } else {
-    *scale = (p[4 + i] & 15) | ((p[i - 4] >> 6) << 4);
-    *minimum = (p[4 + i] >> 4) | ((p[i] >> 6) << 4);
-  }
 }
 
 // Scales of unit `u` of one row, at its lane of the row block's scale region (see `scale_unit_bytes`).
@@ -145,11 +128,7 @@ void write_scales(const FormatInfo& f, const std::uint8_t* b, std::int64_t lane,
 // Factor and offset of the 16 columns `half` of tile `i` of a unit: value = factor * code + offset.
 void read_scale(const FormatInfo& f, const std::uint8_t* in, std::int64_t lane, int i, int half, float* factor,
                 float* offset) {
-  auto fp16 = [&](int at) {
-    std::uint16_t h;
-    std::memcpy(&h, in + at + 2 * lane, 2);
-    return half_to_float(h);
-  };
+  auto fp16 = [&](int at) { return half_at(in + at + 2 * lane); };
   const float d = fp16(0);
   if (f.scales == Scales::kK) {
     const int low = in[64 + 16 * i + lane], high = in[192 + 16 * (i / 2) + lane] >> (4 * (i & 1));
@@ -161,16 +140,6 @@ void read_scale(const FormatInfo& f, const std::uint8_t* in, std::int64_t lane, 
   } else {
     *factor = d;
     *offset = f.scales == Scales::kHalfMin ? fp16(32) : d * static_cast<float>(-f.zero_point);
-  }
-}
-
-std::int64_t scale_unit_bytes(Scales scales) {
-  switch (scales) {
-    case Scales::kHalf: return 32;
-    case Scales::kHalfMin: return 64;
-    case Scales::kK: return 256;
-    case Scales::kQ6K: return 288;
-    default: return 0;
   }
 }
 
@@ -228,10 +197,13 @@ void unpack_row(const FormatInfo& f, const std::uint8_t* packed, std::int64_t ro
   if (f.scales == Scales::kNone) {
     for (std::int64_t k = 0; k < columns; ++k) {
       const std::uint8_t* p = codes + (k * kLanes + lane) * f.unit_bytes;
-      std::uint16_t narrow = 0;
-      std::memcpy(&narrow, p, 2);
-      out[k] = f.bits == 32 ? bits_to_float(word(p))
-                            : (f.format == Format::kF16 ? half_to_float(narrow) : bf16_to_float(narrow));
+      if (f.format == Format::kF32) {
+        out[k] = bits_to_float(word_at(p));
+      } else if (f.format == Format::kF16) {
+        out[k] = half_at(p);
+      } else {
+        out[k] = bf16_to_float(static_cast<std::uint16_t>(p[0] | p[1] << 8));
+      }
     }
     return;
   }

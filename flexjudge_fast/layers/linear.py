@@ -11,12 +11,14 @@ from flexjudge_fast.weights.tensor import DenseTensor, QuantTensor, Weight
 class Linear:
     """`x @ weight.T + bias`, the weight kept as stored (dense or quantised blocks).
 
-    Several weights can share one layer (q, k and v; gate and up): their outputs stand side by side. Those
-    of the same format are merged into one matrix at load.
+    Several weights can share one layer (q, k and v; gate and up): their outputs stand side by side. With
+    `merge`, neighbours of the same format become one matrix.
     """
 
-    def __init__(self, weights: Sequence[Weight], bias: torch.Tensor | None = None) -> None:
-        self.weights = _merge(weights)
+    def __init__(
+        self, weights: Sequence[Weight], bias: torch.Tensor | None = None, merge: bool = True
+    ) -> None:
+        self.weights = _merge(weights) if merge else list(weights)
         self.bias = bias  # [out_features]
         self.out_features = sum(w.shape[0] for w in self.weights)
 

@@ -32,16 +32,16 @@ class RopeConfig:
 class Rotary:
     """cos and sin of every position, looked up by position."""
 
-    def __init__(self, config: RopeConfig, max_len: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: RopeConfig, max_len: int, device: torch.device) -> None:
         inv_freq, attention_factor = rope_frequencies(config)
         positions = torch.arange(max_len, dtype=torch.float32)
         angles = torch.outer(positions, inv_freq)  # [max_len, head_dim / 2]
-        self.cos = (angles.cos() * attention_factor).to(device, dtype)
-        self.sin = (angles.sin() * attention_factor).to(device, dtype)
+        self.cos = (angles.cos() * attention_factor).to(device)
+        self.sin = (angles.sin() * attention_factor).to(device)
 
-    def __call__(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """positions: [num_tokens] int64. Returns cos and sin, [num_tokens, head_dim / 2] each."""
-        return self.cos[positions], self.sin[positions]
+    def __call__(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """positions: [num_tokens] int64. Returns cos and sin, [num_tokens, head_dim / 2] each, in `dtype`."""
+        return self.cos[positions].to(dtype), self.sin[positions].to(dtype)
 
 
 def rope_frequencies(config: RopeConfig) -> tuple[torch.Tensor, float]:

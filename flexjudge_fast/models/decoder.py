@@ -35,7 +35,7 @@ class Decoder:
         self.dtype = load.dtype
         table = (config.vocab_size, config.hidden_size)
         self.embed = Embedding(load.weight("model.embed_tokens.weight", table), load.dtype)
-        self.rotary = Rotary(config.rope, max_len, load.dtype, load.device)
+        self.rotary = Rotary(config.rope, max_len, load.device)
         self.layers = [_load_layer(config, load, f"model.layers.{i}.") for i in range(config.num_layers)]
         self.norm = RMSNorm(load.vector("model.norm.weight", config.hidden_size), config.rms_norm_eps)
         head = self.embed.weight if config.tie_word_embeddings else load.weight("lm_head.weight", table)
@@ -54,7 +54,7 @@ class Decoder:
         """
         residual = self.embed(token_ids)  # [num_tokens, hidden]
         x = self.layers[0].input_norm(residual)
-        cos_sin = self.rotary(inputs.positions)
+        cos_sin = self.rotary(inputs.positions, self.dtype)
         norms = [layer.input_norm for layer in self.layers[1:]] + [self.norm]
         for layer, layer_cache, next_norm in zip(self.layers, cache, norms, strict=True):
             x = layer.attention(x, cos_sin, layer_cache, inputs)

@@ -13,15 +13,26 @@ _CHECK_ROWS = 4096  # rows looked at together when a weight is checked for NaN
 
 
 class TensorLoader:
-    """Reads tensors by name from `checkpoint`; `expand` turns quantised weights into dense ones."""
+    """Reads tensors by name from `checkpoint`.
+
+    Args:
+        expand: turn quantised weights into dense ones.
+        merge: join the weights of one layer into one matrix where their formats agree.
+    """
 
     def __init__(
-        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, expand: bool = False
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        expand: bool = False,
+        merge: bool = True,
     ) -> None:
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.device = device
         self.expand = expand
+        self.merge = merge
 
     def weight(self, name: str, shape: tuple[int, ...]) -> Weight:
         """The tensor `name`; dense ones come in the loader's dtype.
@@ -50,7 +61,7 @@ class TensorLoader:
         pairs = list(zip(names, sizes, strict=True))
         weights = [self.weight(name + ".weight", (size, in_features)) for name, size in pairs]
         biases = torch.cat([self.vector(name + ".bias", size) for name, size in pairs]) if bias else None
-        return Linear(weights, biases)
+        return Linear(weights, biases, self.merge)
 
 
 def _is_finite(weight: Weight) -> bool:

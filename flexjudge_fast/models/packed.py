@@ -1,12 +1,9 @@
 """A decoder packed for the CPU kernels: the same `step` as `Decoder`, in one call into C++."""
 
-from collections.abc import Sequence
-
 import torch
 
 from flexjudge_fast.layers.attention import AttentionInput
 from flexjudge_fast.layers.linear import Linear
-from flexjudge_fast.layers.rotary import Rotary
 from flexjudge_fast.models.decoder import Decoder, DecoderLayer
 from flexjudge_fast.ops.decoder import (
     DecoderPlan,
@@ -17,25 +14,25 @@ from flexjudge_fast.ops.decoder import (
     run_decoder,
 )
 from flexjudge_fast.ops.packed import PackedMatrix, pack
-from flexjudge_fast.weights.tensor import DenseTensor, QuantTensor, Weight
+from flexjudge_fast.weights.tensor import QuantTensor, Weight
 
 _DENSE_FORMATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 class PackedModel:
-    """Takes the weights of `model`, which keeps only its embedding.
+    """Takes the weights of `model`, loaded without merging; it keeps only its embedding.
 
     Args:
         activation_bytes: 2 (16-bit activations before a quantised product) or 1.
         num_threads: threads of a step.
     """
 
-    def __init__(self, model: Decoder, max_len: int, activation_bytes: int, num_threads: int) -> None:
+    def __init__(self, model: Decoder, activation_bytes: int, num_threads: int) -> None:
         config = self.config = model.config
         self.dtype = model.dtype
         self.num_threads = num_threads
         self.embed = model.embed
-        self.rotary = Rotary(config.rope, max_len, torch.float32, torch.device("cpu"))
+        self.rotary = model.rotary
         layers = []
         while model.layers:  # one at a time, so that only one is there in both forms
             layers.append(_pack_layer(model.layers.pop(0), config.intermediate_size))
@@ -65,13 +62,13 @@ class PackedModel:
             torch.tensor(inputs.context_lens),
         )
         hidden = self.embed(token_ids).float()
-        cos_sin = self.rotary(inputs.positions)
+        cos_sin = self.rotary(inputs.positions, torch.float32)
         return run_decoder(self.plan, hidden, cos_sin, step, cache, logit_rows, self.num_threads)
 
 
 def _pack_layer(layer: DecoderLayer, intermediate: int) -> PackedLayer:
     gate_up = layer.mlp.gate_up
-    gate, up = _split(gate_up.weights, intermediate)
+    gate, up = gate_up.weights  # apart: this model is loaded without merging
     biases = (None, None) if gate_up.bias is None else gate_up.bias.float().split(intermediate)
     return PackedLayer(
         input_norm=layer.input_norm.weight.float(),
@@ -82,16 +79,6 @@ def _pack_layer(layer: DecoderLayer, intermediate: int) -> PackedLayer:
         up=PackedLinear([_pack(up)], biases[1]),
         down=_pack_linear(layer.mlp.down),
     )
-
-
-def _split(weights: Sequence[Weight], rows: int) -> tuple[Weight, Weight]:
-    """Gate and up of a layer that holds them in one matrix or in two."""
-    if len(weights) == 2:
-        return weights[0], weights[1]
-    (merged,) = weights
-    if isinstance(merged, QuantTensor):
-        return merged.rows(0, rows), merged.rows(rows, 2 * rows)
-    return DenseTensor(merged.data[:rows]), DenseTensor(merged.data[rows:])
 
 
 def _pack_linear(linear: Linear) -> PackedLinear:

@@ -40,8 +40,7 @@ def load_model(
         "LlamaForCausalLM": LlamaForCausalLM,
         "Qwen2ForCausalLM": Qwen2ForCausalLM,
     }
-    loader = TensorLoader(checkpoint, dtype, device, expand)
+    is_packed = device.type == "cpu" and has_compiled_ops()
+    loader = TensorLoader(checkpoint, dtype, device, expand, merge=not is_packed)
     model = classes[config.architecture](config, loader, max_len)
-    if device.type == "cpu" and has_compiled_ops():
-        return PackedModel(model, max_len, activation_bytes, num_threads)
-    return model
+    return PackedModel(model, activation_bytes, num_threads) if is_packed else model

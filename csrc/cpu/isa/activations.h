@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 
 #include "flexjudge/decoder.h"
 
@@ -15,6 +16,11 @@ struct GroupMeta {
   float scale, sum, sum_low, sum_high;
 };
 
+// Of one group of columns and one tile of tokens.
+constexpr std::int64_t group_bytes(std::int64_t tile, int terms) {
+  return tile * (static_cast<std::int64_t>(sizeof(GroupMeta)) + terms * kGroup);
+}
+
 // Both forms of one step's activations; a form that no weight asks for is null.
 //   codes:  [tile][group]{GroupMeta [tile tokens], int8 [tile tokens][terms][32]}
 //   values: [tile][column][tile tokens] float
@@ -26,14 +32,25 @@ struct Activations {
 
   std::int64_t num_tiles() const { return (num_tokens + tile - 1) / tile; }
   std::int64_t groups() const { return columns / kGroup; }
-  std::int64_t group_bytes() const { return tile * (static_cast<std::int64_t>(sizeof(GroupMeta)) + terms * kGroup); }
   std::uint8_t* group(std::int64_t token_tile, std::int64_t g) const {
-    return codes + (token_tile * groups() + g) * group_bytes();
+    return codes + (token_tile * groups() + g) * group_bytes(tile, terms);
   }
   float* column(std::int64_t token_tile, std::int64_t k) const { return values + (token_tile * columns + k) * tile; }
 };
 
 inline std::int64_t align64(std::int64_t n) { return (n + 63) / 64 * 64; }
+
+// Hands out pieces of a buffer, each on a cache line of its own. With no buffer it only counts: `used`.
+struct Arena {
+  std::uint8_t* memory = nullptr;
+  std::int64_t used = 0;
+
+  template <class T>
+  T* take(std::int64_t count) {
+    const std::int64_t at = std::exchange(used, used + align64(count * static_cast<std::int64_t>(sizeof(T))));
+    return memory == nullptr ? nullptr : reinterpret_cast<T*>(memory + at);
+  }
+};
 
 // Which forms the parts of these layers read.
 struct Forms {
@@ -45,17 +62,19 @@ struct Forms {
   }
 };
 
+// Room for either form; the last tile may be a partial one.
+inline std::int64_t codes_bytes(std::int64_t num_tokens, std::int64_t columns, int terms) {
+  return align64(columns / kGroup * group_bytes(num_tokens + kTokenTile, terms));
+}
 inline std::int64_t activation_bytes(std::int64_t num_tokens, std::int64_t columns, int terms) {
-  const std::int64_t padded = num_tokens + kTokenTile;
-  return align64(padded * (columns / kGroup + 1) * (16 + terms * kGroup)) + align64(padded * columns * 4);
+  return codes_bytes(num_tokens, columns, terms) + align64((num_tokens + kTokenTile) * columns * 4);
 }
 
 inline Activations place_activations(std::uint8_t* memory, Forms forms, std::int64_t num_tokens, std::int64_t columns,
                                      int terms) {
   Activations x{nullptr, nullptr, num_tokens, columns, std::min(num_tokens, kTokenTile), terms};
-  const std::int64_t padded = num_tokens + kTokenTile;
   if (forms.codes) x.codes = memory;
-  if (forms.values) x.values = reinterpret_cast<float*>(memory + align64(padded * (columns / kGroup + 1) * (16 + terms * kGroup)));
+  if (forms.values) x.values = reinterpret_cast<float*>(memory + codes_bytes(num_tokens, columns, terms));
   return x;
 }
 

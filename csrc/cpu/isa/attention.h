@@ -72,20 +72,19 @@ struct AttentionScratch {
   float *query, *scores, *keys, *values, *partial, *merged;
   const std::uint8_t **key_tiles, **value_rows;
 
-  AttentionScratch(std::uint8_t* memory, std::int64_t dim) {
-    const auto take = [&](std::int64_t floats) { return reinterpret_cast<float*>(std::exchange(memory, memory + align64(4 * floats))); };
-    query = take(kMaxRows * dim);
-    scores = take(kMaxRows * (kChunk + 16));
-    keys = take(kChunk * dim);
-    values = take(kChunk * dim);
-    partial = take(Partial::floats(dim));
-    merged = take(Partial::floats(dim));
-    key_tiles = reinterpret_cast<const std::uint8_t**>(take(2 * kChunk));
-    value_rows = reinterpret_cast<const std::uint8_t**>(take(2 * kChunk));
-  }
+  AttentionScratch(Arena& arena, std::int64_t dim)
+      : query(arena.take<float>(kMaxRows * dim)),
+        scores(arena.take<float>(kMaxRows * (kChunk + 16))),
+        keys(arena.take<float>(kChunk * dim)),
+        values(arena.take<float>(kChunk * dim)),
+        partial(arena.take<float>(Partial::floats(dim))),
+        merged(arena.take<float>(Partial::floats(dim))),
+        key_tiles(arena.take<const std::uint8_t*>(kChunk)),
+        value_rows(arena.take<const std::uint8_t*>(kChunk)) {}
   static std::int64_t bytes(std::int64_t dim) {
-    const std::int64_t floats = kMaxRows * (dim + kChunk + 16) + 2 * kChunk * dim + 2 * Partial::floats(dim) + 4 * kChunk;
-    return align64(4 * floats) + 8 * 64;  // every piece begins on a cache line
+    Arena counter;
+    AttentionScratch(counter, dim);
+    return counter.used;
   }
 };
 
@@ -299,7 +298,8 @@ template <class Element>
 void attend(const AttentionCall& call, std::uint8_t* scratch, Team& team, int rank) {
   const AttentionPlan plan(call.shape);
   const std::int64_t own_bytes = AttentionScratch::bytes(plan.dim);
-  AttentionScratch s(scratch + rank * own_bytes, plan.dim);
+  Arena own{scratch + rank * own_bytes};
+  AttentionScratch s(own, plan.dim);
   auto* partials = reinterpret_cast<float*>(scratch + team.size() * own_bytes);
   auto table = [&](const AttentionTask& task) { return call.sequences.block_tables + task.sequence * call.sequences.max_blocks; };
   ChunkSplit split;
@@ -315,12 +315,12 @@ void attend(const AttentionCall& call, std::uint8_t* scratch, Team& team, int ra
   for_tasks(call.shape, plan, call.sequences, [&](std::int64_t index, const AttentionTask& task) {
     if (!is_split && index % team.size() != rank) return;
     bool gathered = false;
-    Partial merged(s.merged), own(s.partial);
+    Partial merged(s.merged), next(s.partial);
     for (std::int64_t chunk = 0; chunk < task.chunks(); ++chunk) {
       if (is_split && turn++ % team.size() != rank) continue;
       if (!std::exchange(gathered, true)) gather_query(call, plan, task, s.query);
-      attend_chunk<Element>(task, call.cache, call.layer, table(task), chunk, plan.dim, s, is_split ? partial(index, chunk) : own);
-      if (!is_split) merge_chunk(own, task.rows(), plan.dim, merged, chunk == 0);
+      attend_chunk<Element>(task, call.cache, call.layer, table(task), chunk, plan.dim, s, is_split ? partial(index, chunk) : next);
+      if (!is_split) merge_chunk(next, task.rows(), plan.dim, merged, chunk == 0);
     }
     if (!is_split) write_out(call, plan, task, merged);
   });

@@ -1,16 +1,5 @@
-// Kernels for AVX-512 with VNNI. Library headers come before the target is set, so that no inline function of theirs is
-// compiled for it.
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <functional>
-#include <memory>
-#include <utility>
-#include <vector>
-
-#include "flexjudge/decoder.h"
-#include "flexjudge/half.h"
+// Kernels for AVX-512 with VNNI.
+#include "library_headers.h"
 
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
 #define FJ_ISA avx512_vnni

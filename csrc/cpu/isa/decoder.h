@@ -18,30 +18,24 @@ inline std::int64_t widest_panel(const Decoder& m) {
   return bytes;
 }
 
-// Where a step keeps what passes from phase to phase.
+// Where a step keeps what passes from phase to phase, and what each thread works in.
 struct StepMemory {
   std::uint8_t *acts, *mlp_acts, *attention, *threads;
-  float *qkv, *attended;
-  std::int64_t panel;
+  float *qkv, *attended, *rows;
+  std::int64_t panel, row;  // bytes of a panel, floats of the longest row
 
-  StepMemory(const Decoder& m, std::int64_t num_tokens, std::int64_t max_context, int num_threads, std::uint8_t* memory) {
-    std::int64_t at = 0;
-    const auto take = [&](std::int64_t bytes) { return memory + std::exchange(at, at + align64(bytes)); };
-    const std::int64_t width = std::max(m.hidden, m.num_heads * m.head_dim);
+  StepMemory(const Decoder& m, std::int64_t num_tokens, std::int64_t max_context, int num_threads, Arena& arena) {
+    const std::int64_t heads = m.num_heads * m.head_dim, width = std::max(m.hidden, heads);
     panel = widest_panel(m);
-    acts = take(activation_bytes(num_tokens, width, m.terms));
-    mlp_acts = take(activation_bytes(num_tokens, m.intermediate, m.terms));
-    qkv = reinterpret_cast<float*>(take(4 * num_tokens * m.qkv_rows()));
-    attended = reinterpret_cast<float*>(take(4 * num_tokens * m.num_heads * m.head_dim));
-    attention = take(attention_scratch_bytes({m.num_heads, m.num_kv_heads, m.head_dim, 1.0f}, max_context, num_threads));
-    threads = take(num_threads * (thread_bytes(panel) + align64(4 * std::max(width, m.intermediate))));
-    bytes = at;
+    row = align64(width);
+    acts = arena.take<std::uint8_t>(activation_bytes(num_tokens, width, m.terms));
+    mlp_acts = arena.take<std::uint8_t>(activation_bytes(num_tokens, m.intermediate, m.terms));
+    qkv = arena.take<float>(num_tokens * m.qkv_rows());
+    attended = arena.take<float>(num_tokens * heads);
+    attention = arena.take<std::uint8_t>(attention_scratch_bytes(m.attention(), max_context, num_threads));
+    threads = arena.take<std::uint8_t>(num_threads * thread_bytes(panel));
+    rows = arena.take<float>(num_threads * row);
   }
-  float* row(const Decoder& m, int rank, int size) const {  // one token's values, per thread
-    const std::int64_t width = std::max({m.hidden, m.num_heads * m.head_dim, m.intermediate});
-    return reinterpret_cast<float*>(threads + size * thread_bytes(panel)) + rank * align64(4 * width) / 4;
-  }
-  std::int64_t bytes;
 };
 
 // One thread's view of a step.
@@ -49,7 +43,7 @@ class StepRunner {
  public:
   StepRunner(const Decoder& model, const Step& step, const StepMemory& memory, Team& team, int rank)
       : m_(model), step_(step), memory_(memory), team_(team), rank_(rank), size_(team.size()),
-        scratch_(memory.threads, memory.panel, rank), row_(memory.row(model, rank, size_)) {}
+        scratch_(memory.threads, memory.panel, rank), row_(memory.rows + rank * memory.row) {}
 
   void run() {
     for (std::int64_t i = 0; i < static_cast<std::int64_t>(m_.layers.size()); ++i) {
@@ -79,7 +73,7 @@ class StepRunner {
     team_.barrier();
     rotate_and_store(index);
     team_.barrier();
-    const AttentionShape shape{m_.num_heads, m_.num_kv_heads, m_.head_dim, 1.0f / __builtin_sqrtf(static_cast<float>(m_.head_dim))};
+    const AttentionShape shape = m_.attention();
     attend_any({shape, memory_.qkv, m_.qkv_rows(), step_.cache, index, step_.sequences, memory_.attended}, memory_.attention, team_, rank_);
     team_.barrier();
     const std::int64_t width = m_.num_heads * m_.head_dim;
@@ -183,13 +177,16 @@ class StepRunner {
 };
 
 inline std::int64_t decoder_scratch_bytes(const Decoder& m, std::int64_t num_tokens, std::int64_t max_context, int threads) {
-  return StepMemory(m, num_tokens, max_context, threads, nullptr).bytes;
+  Arena counter;
+  StepMemory(m, num_tokens, max_context, threads, counter);
+  return counter.used;
 }
 
 inline void decoder(const Decoder& m, const Step& step, std::uint8_t* scratch, Team& team, int rank) {
   std::int64_t max_context = 0;
   for (std::int64_t i = 0; i < step.sequences.count; ++i) max_context = std::max(max_context, step.sequences.context_lens[i]);
-  const StepMemory memory(m, step.num_tokens, max_context, team.size(), scratch);
+  Arena arena{scratch};
+  const StepMemory memory(m, step.num_tokens, max_context, team.size(), arena);
   StepRunner(m, step, memory, team, rank).run();
 }
 

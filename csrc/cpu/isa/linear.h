@@ -91,13 +91,12 @@ template <int kBits, Scales kScales>
 void expand(const std::uint8_t* codes, const std::uint8_t* scales, float zero_point, std::int64_t begin, std::int64_t end,
             std::uint8_t* panel) {
   constexpr bool kUnits = kScales == Scales::kK || kScales == Scales::kQ6K;  // eight tiles share a unit
-  constexpr int kUnitBytes = kScales == Scales::kHalf ? 32 : (kScales == Scales::kHalfMin ? 64 : (kScales == Scales::kK ? 256 : 288));
   constexpr std::int64_t kTileBytes = panel_tile_bytes(kScales == Scales::kQ6K ? Kind::kHalves : Kind::kPlain);
   for (std::int64_t i = begin; i < end; ++i, panel += kTileBytes) {
     const std::uint8_t* tile = codes + i * (64 * kBits);
     for (int line = 0; line < kBits; ++line) __builtin_prefetch(tile + kPrefetchAhead + 64 * line);
     expand_codes<kBits>(tile, panel);
-    expand_scales<kScales>(scales + (kUnits ? i / 8 : i) * kUnitBytes, static_cast<int>(i % 8), zero_point,
+    expand_scales<kScales>(scales + (kUnits ? i / 8 : i) * scale_unit_bytes(kScales), static_cast<int>(i % 8), zero_point,
                            reinterpret_cast<float*>(panel + 512));
   }
 }
@@ -127,7 +126,7 @@ void quantized_kernel(const std::uint8_t* panel, std::int64_t num_tiles, const s
                       std::int64_t first, float* c) {
   constexpr int kHalves = kKind == Kind::kHalves ? 2 : 1;
   constexpr bool kWide = kKind == Kind::kWide;
-  const std::int64_t x_stride = x_tile * (16 + kTerms * 32);
+  const std::int64_t x_stride = group_bytes(x_tile, kTerms);
   F acc[kT];
   for (int t = 0; t < kT; ++t) acc[t] = load(c + 16 * t);
   for (std::int64_t i = 0; i < num_tiles; ++i, panel += panel_tile_bytes(kKind), x += x_stride) {
@@ -146,7 +145,7 @@ void quantized_kernel(const std::uint8_t* panel, std::int64_t num_tiles, const s
 #pragma GCC unroll 8
         for (int q = 0; q < kQuads; ++q) dot = dot4<kWide>(dot, codes[h * kQuads + q], token + 4 * (h * kQuads + q));
         if constexpr (kTerms == 2) {
-          dot = shift_left_8(dot);
+          dot = shift_left<8>(dot);
 #pragma GCC unroll 8
           for (int q = 0; q < kQuads; ++q) dot = dot4<kWide>(dot, codes[h * kQuads + q], token + 32 + 4 * (h * kQuads + q));
         }
@@ -278,7 +277,7 @@ inline void block_product(const Matrix& w, std::int64_t index, const Activations
 // Token tiles taken together: their activations stay in the L2 cache while a row block goes over them.
 inline std::int64_t tiles_at_once(const Activations& x) {
   constexpr std::int64_t kL2Share = 512 << 10;
-  const std::int64_t bytes = (x.codes ? x.groups() * x.group_bytes() : 0) + (x.values ? x.columns * x.tile * 4 : 0);
+  const std::int64_t bytes = (x.codes ? x.groups() * group_bytes(x.tile, x.terms) : 0) + (x.values ? x.columns * x.tile * 4 : 0);
   return std::clamp<std::int64_t>(kL2Share / std::max<std::int64_t>(bytes, 1), 4, 32);
 }
 
@@ -295,19 +294,20 @@ struct ThreadScratch {
       : panel(memory + rank * thread_bytes(panel)), c(reinterpret_cast<float*>(this->panel + align64(panel))) {}
 };
 
-// The rank's share of a layer's row blocks, weighed by their bytes, as (part, block) pairs for `visit`.
+// The rank's share of a layer's row blocks, weighed by their bytes: `visit(part, block, first output row)`.
 template <class Visit>
 void for_row_blocks(const Linear& w, int rank, int size, Visit visit) {
-  std::int64_t total = 0, before = 0;
+  std::int64_t total = 0, before = 0, row = 0;
   for (const Matrix& part : w.parts) total += part.layout.bytes();
-  for (std::size_t p = 0; p < w.parts.size(); ++p) {
-    const PackedLayout& layout = w.parts[p].layout;
+  for (const Matrix& part : w.parts) {
+    const PackedLayout& layout = part.layout;
     auto first_from = [&](std::int64_t rank_begin) {  // the first block that begins at or after the rank's first byte
       const std::int64_t offset = total * rank_begin / size - before;
       return std::clamp<std::int64_t>((offset + layout.block_bytes() - 1) / layout.block_bytes(), 0, layout.row_blocks);
     };
-    for (std::int64_t block = first_from(rank); block < first_from(rank + 1); ++block) visit(p, block);
+    for (std::int64_t block = first_from(rank); block < first_from(rank + 1); ++block) visit(part, block, row + block * kLanes);
     before += layout.bytes();
+    row += part.rows;
   }
 }
 
@@ -318,13 +318,9 @@ void apply_linear(const Linear& w, const Activations& x, float* out, std::int64_
   for (std::int64_t tile = 0; tile < x.num_tiles(); tile += at_once) {
     const TileRange tokens{tile, std::min(tile + at_once, x.num_tiles())};
     const std::int64_t first = tile * x.tile, count = std::min(tokens.end * x.tile, x.num_tokens) - first;
-    std::int64_t part_row = 0;
-    std::size_t part = 0;
-    for_row_blocks(w, rank, size, [&](std::size_t p, std::int64_t block) {
-      for (; part < p; ++part) part_row += w.parts[part].rows;
-      block_product(w.parts[p], block, x, tokens, scratch.panel, scratch.c);
-      const int width = static_cast<int>(std::min<std::int64_t>(16, w.parts[p].rows - block * 16));
-      const std::int64_t row = part_row + block * 16;
+    for_row_blocks(w, rank, size, [&](const Matrix& part, std::int64_t block, std::int64_t row) {
+      block_product(part, block, x, tokens, scratch.panel, scratch.c);
+      const int width = static_cast<int>(std::min(kLanes, part.rows - block * kLanes));
       const F bias = w.bias != nullptr ? load_n(w.bias + row, width) : zero();
       for (std::int64_t t = 0; t < count; ++t) {
         float* to = out + (first + t) * stride + row;

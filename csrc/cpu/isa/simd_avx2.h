@@ -18,8 +18,6 @@ FJ_INLINE __m256i lane_mask(int n) {  // the first n of 8 lanes; n may be below 
 }
 FJ_INLINE const __m256i* at(const void* p, int half) { return static_cast<const __m256i*>(p) + half; }
 FJ_INLINE __m256i* at(void* p, int half) { return static_cast<__m256i*>(p) + half; }
-template <class Op>
-FJ_INLINE F both(F x, F y, Op op) { return {op(x.a, y.a), op(x.b, y.b)}; }
 
 FJ_INLINE F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 FJ_INLINE F set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
@@ -58,7 +56,6 @@ FJ_INLINE F keep_first(F x, int n, float rest) {
 
 FJ_INLINE I set1_i(int x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 FJ_INLINE I zero_i() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
-FJ_INLINE I shift_left_8(I x) { return {_mm256_slli_epi32(x.a, 8), _mm256_slli_epi32(x.b, 8)}; }
 FJ_INLINE I add_i(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 FJ_INLINE F to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 FJ_INLINE I to_int(F x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }  // to nearest, ties to even

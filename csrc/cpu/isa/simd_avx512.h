@@ -40,7 +40,6 @@ FJ_INLINE F keep_first(F x, int n, float rest) { return _mm512_mask_mov_ps(_mm51
 
 FJ_INLINE I set1_i(int x) { return _mm512_set1_epi32(x); }
 FJ_INLINE I zero_i() { return _mm512_setzero_si512(); }
-FJ_INLINE I shift_left_8(I a) { return _mm512_slli_epi32(a, 8); }
 FJ_INLINE I add_i(I a, I b) { return _mm512_add_epi32(a, b); }
 FJ_INLINE F to_float(I a) { return _mm512_cvtepi32_ps(a); }
 FJ_INLINE I to_int(F a) { return _mm512_cvtps_epi32(a); }  // to nearest, ties to even

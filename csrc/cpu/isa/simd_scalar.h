@@ -58,7 +58,6 @@ FJ_INLINE I shift_right(I x) {
   typedef std::uint32_t U __attribute__((vector_size(64), aligned(64)));
   return (I)((U)x >> kShift);
 }
-FJ_INLINE I shift_left_8(I x) { return x << 8; }
 FJ_INLINE I add_i(I x, I y) { return x + y; }
 FJ_INLINE I and_i(I x, int mask) { return x & mask; }
 FJ_INLINE I or_i(I x, I y) { return x | y; }

@@ -28,6 +28,11 @@ struct Linear {
   std::int64_t columns() const { return parts.front().columns; }
 };
 
+struct AttentionShape {
+  std::int64_t num_heads, num_kv_heads, head_dim;
+  float scale;
+};
+
 struct Layer {
   const float* input_norm;  // [hidden]
   Linear qkv, out;
@@ -43,6 +48,9 @@ struct Decoder {
   const float* norm;  // [hidden]
   Linear head;
 
+  AttentionShape attention() const {
+    return {num_heads, num_kv_heads, head_dim, 1.0f / __builtin_sqrtf(static_cast<float>(head_dim))};
+  }
   std::int64_t qkv_rows() const { return (num_heads + 2 * num_kv_heads) * head_dim; }
 };
 
@@ -67,11 +75,6 @@ struct Sequences {
   const std::int64_t* context_lens;  // [count]
   const std::int64_t* block_tables;  // [count, max_blocks]
   std::int64_t max_blocks;
-};
-
-struct AttentionShape {
-  std::int64_t num_heads, num_kv_heads, head_dim;
-  float scale;
 };
 
 struct Step {
@@ -104,8 +107,8 @@ struct Kernels {
                                         int threads);
 };
 
-// The best kernels that this processor runs, or those that FLEXJUDGE_ISA names ("scalar", "avx2",
-// "avx512_vnni", "avx512_bf16"). Null where the name is unknown or the processor lacks them.
+// The best kernels that this processor runs where `name` is null or empty, else those called "scalar", "avx2" or
+// "avx512_vnni". Null where the name is unknown or the processor lacks them.
 const Kernels* find_kernels(const char* name);
 
 }  // namespace flexjudge

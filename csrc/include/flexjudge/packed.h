@@ -8,12 +8,22 @@ namespace flexjudge {
 
 constexpr std::int64_t kLanes = 16;      // output rows of a row block: one vector lane each
 constexpr std::int64_t kGroup = 32;      // columns of a tile; every quantised format has a scale per tile (or finer)
-constexpr std::int64_t kSuperBlock = 256;  // columns that share the outer scale of a K format
 
 enum class Format : std::int64_t { kF32, kF16, kBF16, kQ4_0, kQ4_1, kQ5_0, kQ5_1, kQ8_0, kQ4_K, kQ5_K, kQ6_K };
 
 // How a format's scales are stored.
 enum class Scales { kNone, kHalf, kHalfMin, kK, kQ6K };
+
+// Bytes of the scales of 16 rows and one unit of columns: 16-bit factors (and minimums), then what a K format adds.
+constexpr std::int64_t scale_unit_bytes(Scales scales) {
+  switch (scales) {
+    case Scales::kHalf: return 32;
+    case Scales::kHalfMin: return 64;
+    case Scales::kK: return 256;
+    case Scales::kQ6K: return 288;
+    default: return 0;
+  }
+}
 
 struct FormatInfo {
   std::string_view name;
