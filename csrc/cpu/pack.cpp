@@ -109,12 +109,12 @@ void write_scales(const FormatInfo& f, const std::uint8_t* b, std::int64_t lane,
     case Scales::kK:
       std::memcpy(out + 2 * lane, b, 2);
       std::memcpy(out + 32 + 2 * lane, b + 2, 2);
-      for (int i = 0; i < 8; ++i) {  // 8 bytes of low nibbles, then 4 bytes that hold the upper two bits of two tiles
+      for (int i = 0; i < 8; ++i) {  // 8 bytes of low nibbles, then 4 that hold the upper two bits of tiles i and i + 4
         int scale, minimum;
         k_scale(b + 4, i, &scale, &minimum);
         out[64 + 16 * i + lane] = static_cast<std::uint8_t>((scale & 15) | (minimum & 15) << 4);
-        std::uint8_t& high = out[192 + 16 * (i / 2) + lane];
-        const int shift = 4 * (i & 1);
+        std::uint8_t& high = out[192 + 16 * (i % 4) + lane];
+        const int shift = 4 * (i / 4);
         high = static_cast<std::uint8_t>((high & ~(15 << shift)) | ((scale >> 4) | (minimum >> 4) << 2) << shift);
       }
       return;
@@ -131,7 +131,7 @@ void read_scale(const FormatInfo& f, const std::uint8_t* in, std::int64_t lane, 
   auto fp16 = [&](int at) { return half_at(in + at + 2 * lane); };
   const float d = fp16(0);
   if (f.scales == Scales::kK) {
-    const int low = in[64 + 16 * i + lane], high = in[192 + 16 * (i / 2) + lane] >> (4 * (i & 1));
+    const int low = in[64 + 16 * i + lane], high = in[192 + 16 * (i % 4) + lane] >> (4 * (i / 4));
     *factor = d * static_cast<float>((low & 15) | (high & 3) << 4);
     *offset = -(fp16(32) * static_cast<float>((low >> 4) | (high >> 2 & 3) << 4));
   } else if (f.scales == Scales::kQ6K) {

@@ -11,146 +11,209 @@
 
 namespace flexjudge::FJ_ISA {
 
-// ---- A row block's tiles, expanded: 8 vectors of unsigned codes, then factors and offsets per lane. ----
+// ---- Where a kernel's tiles come from. Either source gives 8 vectors of unsigned codes, and per lane the factors
+// and offsets of a tile's columns: one pair, or with kHalves one for the 16 left and one for the 16 right columns.
 
-// kHalves: the 16 left and the 16 right columns of a tile have factors of their own. kWide: codes above 127.
+// kWide: codes above 127.
 enum class Kind { kPlain, kHalves, kWide };
 
-constexpr std::int64_t panel_tile_bytes(Kind kind) { return 512 + (kind == Kind::kHalves ? 4 : 2) * 64; }
+struct Tile {
+  Codes codes[8];
+  F factors[2], offsets[2];
+};
 
-inline Kind kind_of(const FormatInfo& f) {
-  return f.scales == Scales::kQ6K ? Kind::kHalves : (f.bits == 8 ? Kind::kWide : Kind::kPlain);
-}
+// Tiles expanded before, to be used by many tokens.
+template <Kind kTheirKind>
+class PanelTiles {
+ public:
+  static constexpr Kind kKind = kTheirKind;
+  static constexpr int kPairs = kKind == Kind::kHalves ? 2 : 1;
+  static constexpr std::int64_t kBytes = 512 + 2 * kPairs * 64;
 
-template <int kBits>
-FJ_INLINE void expand_codes(const std::uint8_t* in, std::uint8_t* out) {
-  if constexpr (kBits == 8) {
-    for (int q = 0; q < 8; ++q) store_codes(out + 64 * q, load_codes(in + 64 * q));
-    return;
-  }
-  Codes quads[8];
-  for (int v = 0; v < 4; ++v) {
-    const Codes c = load_codes(in + 64 * v);
-    quads[v] = bits_of<0, 15>(c);
-    quads[v + 4] = bits_of<4, 15>(c);
-  }
-  if constexpr (kBits == 5) {
-    const Codes h = load_codes(in + 256);
-    quads[0] = or_shifted<4>(quads[0], bits_of<0, 1>(h));
-    quads[1] = or_shifted<4>(quads[1], bits_of<1, 1>(h));
-    quads[2] = or_shifted<4>(quads[2], bits_of<2, 1>(h));
-    quads[3] = or_shifted<4>(quads[3], bits_of<3, 1>(h));
-    quads[4] = or_shifted<4>(quads[4], bits_of<4, 1>(h));
-    quads[5] = or_shifted<4>(quads[5], bits_of<5, 1>(h));
-    quads[6] = or_shifted<4>(quads[6], bits_of<6, 1>(h));
-    quads[7] = or_shifted<4>(quads[7], bits_of<7, 1>(h));
-  }
-  if constexpr (kBits == 6) {
-    for (int side = 0; side < 2; ++side) {
-      const Codes h = load_codes(in + 256 + 64 * side);
-      quads[4 * side + 0] = or_shifted<4>(quads[4 * side + 0], bits_of<0, 3>(h));
-      quads[4 * side + 1] = or_shifted<4>(quads[4 * side + 1], bits_of<2, 3>(h));
-      quads[4 * side + 2] = or_shifted<4>(quads[4 * side + 2], bits_of<4, 3>(h));
-      quads[4 * side + 3] = or_shifted<4>(quads[4 * side + 3], bits_of<6, 3>(h));
+  explicit PanelTiles(std::uint8_t* panel) : at_(panel) {}
+
+  FJ_INLINE void next(Tile& tile) {
+    for (int q = 0; q < 8; ++q) tile.codes[q] = load_codes(at_ + 64 * q);
+    const auto* floats = reinterpret_cast<const float*>(at_ + 512);
+    for (int i = 0; i < kPairs; ++i) {
+      tile.factors[i] = load(floats + 16 * i);
+      tile.offsets[i] = load(floats + 16 * (kPairs + i));
     }
+    at_ += kBytes;
   }
-  for (int q = 0; q < 8; ++q) store_codes(out + 64 * q, quads[q]);
-}
 
-// Factors and offsets of tile `i` (of a K format: of the unit's eight) from the scales of its unit.
-template <Scales kScales>
-FJ_INLINE void expand_scales(const std::uint8_t* in, int i, float zero_point, float* out) {
-  const F d = load_half(reinterpret_cast<const std::uint16_t*>(in));
-  if constexpr (kScales == Scales::kHalf) {
-    store(out, d);
-    store(out + 16, mul(d, set1(-zero_point)));
-  } else if constexpr (kScales == Scales::kHalfMin) {
-    store(out, d);
-    store(out + 16, load_half(reinterpret_cast<const std::uint16_t*>(in + 32)));
-  } else if constexpr (kScales == Scales::kK) {
-    const I low = load_u8(in + 64 + 16 * i);
-    I high = load_u8(in + 192 + 16 * (i / 2));
-    if (i & 1) high = shift_right<4>(high);
-    const I scale = or_i(and_i(low, 15), shift_left<4>(and_i(high, 3)));
-    const I minimum = or_i(shift_right<4>(low), shift_left<2>(and_i(high, 12)));
-    const F dmin = load_half(reinterpret_cast<const std::uint16_t*>(in + 32));
-    store(out, mul(d, to_float(scale)));
-    store(out + 16, sub(zero(), mul(dmin, to_float(minimum))));
-  } else {
-    for (int half = 0; half < 2; ++half) {
-      const F factor = mul(d, to_float(load_s8(in + 32 + 16 * (2 * i + half))));
-      store(out + 16 * half, factor);
-      store(out + 32 + 16 * half, mul(factor, set1(-zero_point)));
+  FJ_INLINE void put(const Tile& tile) {
+    for (int q = 0; q < 8; ++q) store_codes(at_ + 64 * q, tile.codes[q]);
+    auto* floats = reinterpret_cast<float*>(at_ + 512);
+    for (int i = 0; i < kPairs; ++i) {
+      store(floats + 16 * i, tile.factors[i]);
+      store(floats + 16 * (kPairs + i), tile.offsets[i]);
     }
+    at_ += kBytes;
   }
-}
+
+ private:
+  std::uint8_t* at_;
+};
 
 constexpr std::int64_t kPrefetchAhead = 4096;  // bytes; the processor's own prefetch stops at each 4 KiB page
 
+// Tiles of a row block as packed, expanded as they are read.
 template <int kBits, Scales kScales>
-void expand(const std::uint8_t* codes, const std::uint8_t* scales, float zero_point, std::int64_t begin, std::int64_t end,
-            std::uint8_t* panel) {
-  constexpr bool kUnits = kScales == Scales::kK || kScales == Scales::kQ6K;  // eight tiles share a unit
-  constexpr std::int64_t kTileBytes = panel_tile_bytes(kScales == Scales::kQ6K ? Kind::kHalves : Kind::kPlain);
-  for (std::int64_t i = begin; i < end; ++i, panel += kTileBytes) {
-    const std::uint8_t* tile = codes + i * (64 * kBits);
-    for (int line = 0; line < kBits; ++line) __builtin_prefetch(tile + kPrefetchAhead + 64 * line);
-    expand_codes<kBits>(tile, panel);
-    expand_scales<kScales>(scales + (kUnits ? i / 8 : i) * scale_unit_bytes(kScales), static_cast<int>(i % 8), zero_point,
-                           reinterpret_cast<float*>(panel + 512));
-  }
-}
+class PackedTiles {
+ public:
+  static constexpr Kind kKind = kScales == Scales::kQ6K ? Kind::kHalves : (kBits == 8 ? Kind::kWide : Kind::kPlain);
 
-// Tiles [begin, end) of a row block to `panel`.
-inline void expand_tiles(const Matrix& w, const std::uint8_t* block, std::int64_t begin, std::int64_t end, std::uint8_t* panel) {
-  const std::uint8_t* scales = block + w.layout.code_bytes;
-  const auto zero_point = static_cast<float>(w.format->zero_point);
-  switch (w.format->format) {
-    case Format::kQ4_0: return expand<4, Scales::kHalf>(block, scales, zero_point, begin, end, panel);
-    case Format::kQ4_1: return expand<4, Scales::kHalfMin>(block, scales, zero_point, begin, end, panel);
-    case Format::kQ5_0: return expand<5, Scales::kHalf>(block, scales, zero_point, begin, end, panel);
-    case Format::kQ5_1: return expand<5, Scales::kHalfMin>(block, scales, zero_point, begin, end, panel);
-    case Format::kQ8_0: return expand<8, Scales::kHalf>(block, scales, zero_point, begin, end, panel);
-    case Format::kQ4_K: return expand<4, Scales::kK>(block, scales, zero_point, begin, end, panel);
-    case Format::kQ5_K: return expand<5, Scales::kK>(block, scales, zero_point, begin, end, panel);
-    case Format::kQ6_K: return expand<6, Scales::kQ6K>(block, scales, zero_point, begin, end, panel);
+  PackedTiles(const Matrix& w, const std::uint8_t* block)
+      : codes_(block), scales_(block + w.layout.code_bytes), prefetch_(block + kPrefetchAhead),
+        zero_point_(static_cast<float>(w.format->zero_point)) {}
+
+  FJ_INLINE void next(Tile& tile) {
+    for (std::int64_t line = 0; line < kTileBytes; line += 64) __builtin_prefetch(prefetch_ + line);
+    prefetch_ += kTileBytes;
+    read_codes(tile.codes);
+    codes_ += kCodeBytes;
+    read_scales(tile);
+  }
+
+ private:
+  static constexpr std::int64_t kUnitTiles = kScales == Scales::kK || kScales == Scales::kQ6K ? 8 : 1;
+  static constexpr std::int64_t kUnitBytes = scale_unit_bytes(kScales);
+  static constexpr std::int64_t kCodeBytes = 64 * kBits;
+  static constexpr std::int64_t kTileBytes = kCodeBytes + kUnitBytes / kUnitTiles;  // a tile's share of the row block
+
+  FJ_INLINE void read_codes(Codes* quads) const {
+    if constexpr (kBits == 8) {
+      for (int q = 0; q < 8; ++q) quads[q] = load_codes(codes_ + 64 * q);
+      return;
+    }
+    for (int v = 0; v < 4; ++v) {
+      const Codes c = load_codes(codes_ + 64 * v);
+      quads[v] = bits_of<0, 15>(c);
+      quads[v + 4] = bits_of<4, 15>(c);
+    }
+    if constexpr (kBits == 5) {
+      const Codes h = load_codes(codes_ + 256);
+      quads[0] = or_shifted<4>(quads[0], bits_of<0, 1>(h));
+      quads[1] = or_shifted<4>(quads[1], bits_of<1, 1>(h));
+      quads[2] = or_shifted<4>(quads[2], bits_of<2, 1>(h));
+      quads[3] = or_shifted<4>(quads[3], bits_of<3, 1>(h));
+      quads[4] = or_shifted<4>(quads[4], bits_of<4, 1>(h));
+      quads[5] = or_shifted<4>(quads[5], bits_of<5, 1>(h));
+      quads[6] = or_shifted<4>(quads[6], bits_of<6, 1>(h));
+      quads[7] = or_shifted<4>(quads[7], bits_of<7, 1>(h));
+    }
+    if constexpr (kBits == 6) {
+      for (int side = 0; side < 2; ++side) {
+        const Codes h = load_codes(codes_ + 256 + 64 * side);
+        quads[4 * side + 0] = or_shifted<4>(quads[4 * side + 0], bits_of<0, 3>(h));
+        quads[4 * side + 1] = or_shifted<4>(quads[4 * side + 1], bits_of<2, 3>(h));
+        quads[4 * side + 2] = or_shifted<4>(quads[4 * side + 2], bits_of<4, 3>(h));
+        quads[4 * side + 3] = or_shifted<4>(quads[4 * side + 3], bits_of<6, 3>(h));
+      }
+    }
+  }
+
+  FJ_INLINE void read_scales(Tile& tile) {
+    if constexpr (kUnitTiles == 1) {
+      const F d = half(0);
+      tile.factors[0] = d;
+      tile.offsets[0] = kScales == Scales::kHalfMin ? half(32) : mul(d, set1(-zero_point_));
+      scales_ += kUnitBytes;
+      return;
+    }
+    if (in_unit_ == 0) begin_unit();
+    if constexpr (kScales == Scales::kK) {
+      tile.factors[0] = mul(d_, to_float(load_u8(bytes_ + 16 * in_unit_)));
+      tile.offsets[0] = mul(minus_dmin_, to_float(load_u8(bytes_ + 128 + 16 * in_unit_)));
+    } else {
+      for (int side = 0; side < 2; ++side) {
+        tile.factors[side] = mul(d_, to_float(load_s8(scales_ + 32 + 16 * (2 * in_unit_ + side))));
+        tile.offsets[side] = mul(tile.factors[side], set1(-zero_point_));
+      }
+    }
+    if (++in_unit_ == kUnitTiles) {
+      in_unit_ = 0;
+      scales_ += kUnitBytes;
+    }
+  }
+
+  FJ_INLINE F half(int at) const { return load_half(reinterpret_cast<const std::uint16_t*>(scales_ + at)); }
+
+  // What eight tiles share; the six-bit scales and minimums of all of them, one byte each.
+  FJ_INLINE void begin_unit() {
+    d_ = half(0);
+    if constexpr (kScales == Scales::kK) {
+      minus_dmin_ = sub(zero(), half(32));
+      const Codes left = load_codes(scales_ + 64), right = load_codes(scales_ + 128), high = load_codes(scales_ + 192);
+      store_codes(bytes_, or_shifted<4>(bits_of<0, 15>(left), bits_of<0, 3>(high)));
+      store_codes(bytes_ + 64, or_shifted<4>(bits_of<0, 15>(right), bits_of<4, 3>(high)));
+      store_codes(bytes_ + 128, or_shifted<4>(bits_of<4, 15>(left), bits_of<2, 3>(high)));
+      store_codes(bytes_ + 192, or_shifted<4>(bits_of<4, 15>(right), bits_of<6, 3>(high)));
+    }
+  }
+
+  const std::uint8_t *codes_, *scales_, *prefetch_;
+  const float zero_point_;
+  int in_unit_ = 0;
+  F d_ = zero(), minus_dmin_ = zero();
+  alignas(64) std::uint8_t bytes_[kScales == Scales::kK ? 256 : 1];
+};
+
+// Calls `call` with the source type of a quantised format.
+template <class Call>
+FJ_INLINE void with_tiles(Format format, Call call) {
+  switch (format) {
+    case Format::kQ4_0: return call.template operator()<PackedTiles<4, Scales::kHalf>>();
+    case Format::kQ4_1: return call.template operator()<PackedTiles<4, Scales::kHalfMin>>();
+    case Format::kQ5_0: return call.template operator()<PackedTiles<5, Scales::kHalf>>();
+    case Format::kQ5_1: return call.template operator()<PackedTiles<5, Scales::kHalfMin>>();
+    case Format::kQ8_0: return call.template operator()<PackedTiles<8, Scales::kHalf>>();
+    case Format::kQ4_K: return call.template operator()<PackedTiles<4, Scales::kK>>();
+    case Format::kQ5_K: return call.template operator()<PackedTiles<5, Scales::kK>>();
+    case Format::kQ6_K: return call.template operator()<PackedTiles<6, Scales::kQ6K>>();
     default: return;
   }
 }
 
 // ---- Kernels: 16 rows times kT tokens; c [kT][16] is added to. ----
 
+// Sum over `kQuads` quads of codes times one token's two-byte (high, then low) or one-byte activations; exact.
+template <int kQuads, bool kWide, int kTerms, bool kTwoChains>
+FJ_INLINE I dot_quads(const Codes* codes, const std::int8_t* x) {
+  I dot = zero_i();
+#pragma GCC unroll 8
+  for (int q = 0; q < kQuads; ++q) dot = dot4<kWide>(dot, codes[q], x + 4 * q);
+  if constexpr (kTerms == 1) return dot;
+  dot = shift_left<8>(dot);
+  I low = kTwoChains ? zero_i() : dot;
+#pragma GCC unroll 8
+  for (int q = 0; q < kQuads; ++q) low = dot4<kWide>(low, codes[q], x + 32 + 4 * q);
+  return kTwoChains ? add_i(dot, low) : low;
+}
+
 // Per tile and token: 8 (or 16) byte dot products of 16 rows, exact; then one rounding per operation below.
-template <int kT, Kind kKind, int kTerms>
-void quantized_kernel(const std::uint8_t* panel, std::int64_t num_tiles, const std::uint8_t* x, std::int64_t x_tile,
-                      std::int64_t first, float* c) {
-  constexpr int kHalves = kKind == Kind::kHalves ? 2 : 1;
-  constexpr bool kWide = kKind == Kind::kWide;
+template <int kT, class Tiles, int kTerms>
+FJ_INLINE void quantized_kernel(Tiles tiles, std::int64_t num_tiles, const std::uint8_t* x, std::int64_t x_tile,
+                                std::int64_t first, float* c) {
+  constexpr int kPairs = Tiles::kKind == Kind::kHalves ? 2 : 1, kQuads = 8 / kPairs;
+  constexpr bool kTwoChains = kT <= 4;  // few tokens: more products in flight; many: fewer registers
   const std::int64_t x_stride = group_bytes(x_tile, kTerms);
   F acc[kT];
   for (int t = 0; t < kT; ++t) acc[t] = load(c + 16 * t);
-  for (std::int64_t i = 0; i < num_tiles; ++i, panel += panel_tile_bytes(kKind), x += x_stride) {
+  for (std::int64_t i = 0; i < num_tiles; ++i, x += x_stride) {
     const auto* meta = reinterpret_cast<const float*>(x) + 4 * first;
     const auto* bytes = reinterpret_cast<const std::int8_t*>(x + x_tile * 16) + first * kTerms * 32;
-    const auto* factors = reinterpret_cast<const float*>(panel + 512);
-    Codes codes[8];
-    for (int q = 0; q < 8; ++q) codes[q] = load_codes(panel + 64 * q);
+    Tile tile;
+    tiles.next(tile);
 #pragma GCC unroll 12
     for (int t = 0; t < kT; ++t) {
-      const std::int8_t* token = bytes + t * kTerms * 32;
 #pragma GCC unroll 2
-      for (int h = 0; h < kHalves; ++h) {
-        constexpr int kQuads = 8 / kHalves;
-        I dot = zero_i();
-#pragma GCC unroll 8
-        for (int q = 0; q < kQuads; ++q) dot = dot4<kWide>(dot, codes[h * kQuads + q], token + 4 * (h * kQuads + q));
-        if constexpr (kTerms == 2) {
-          dot = shift_left<8>(dot);
-#pragma GCC unroll 8
-          for (int q = 0; q < kQuads; ++q) dot = dot4<kWide>(dot, codes[h * kQuads + q], token + 32 + 4 * (h * kQuads + q));
-        }
-        acc[t] = fma(mul(to_float(dot), set1(meta[4 * t])), load(factors + 16 * h), acc[t]);
-        acc[t] = fma(set1(meta[4 * t + (kHalves == 1 ? 1 : 2 + h)]), load(factors + 16 * (kHalves + h)), acc[t]);
+      for (int h = 0; h < kPairs; ++h) {
+        const I dot = dot_quads<kQuads, Tiles::kKind == Kind::kWide, kTerms, kTwoChains>(
+            tile.codes + h * kQuads, bytes + t * kTerms * 32 + 4 * h * kQuads);
+        acc[t] = fma(mul(to_float(dot), set1(meta[4 * t])), tile.factors[h], acc[t]);
+        acc[t] = fma(set1(meta[4 * t + (kPairs == 1 ? 1 : 2 + h)]), tile.offsets[h], acc[t]);
       }
     }
   }
@@ -206,11 +269,10 @@ FJ_INLINE void for_token_runs(std::int64_t count, Call call) {
   }
 }
 
-template <Kind kKind, int kTerms>
-void quantized_tile(const std::uint8_t* panel, std::int64_t num_tiles, const std::uint8_t* x, std::int64_t x_tile,
-                    std::int64_t count, float* c) {
+template <class Tiles, int kTerms>
+void quantized_tile(Tiles tiles, const Activations& x, std::int64_t token_tile, std::int64_t count, float* c) {
   for_token_runs(count, [&]<int kT>(std::int64_t first) {
-    quantized_kernel<kT, kKind, kTerms>(panel, num_tiles, x, x_tile, first, c + 16 * first);
+    quantized_kernel<kT, Tiles, kTerms>(tiles, x.groups(), x.group(token_tile, 0), x.tile, first, c + 16 * first);
   });
 }
 
@@ -223,8 +285,6 @@ void dense_tile(const std::uint8_t* block, const Activations& x, std::int64_t to
 
 // ---- One row block times some token tiles. ----
 
-constexpr std::int64_t kPieceTiles = 16;  // with one token tile, expand this much and use it while it is in L1
-
 struct TileRange {
   std::int64_t begin, end;
 };
@@ -233,24 +293,25 @@ inline std::int64_t tokens_of_tile(const Activations& x, std::int64_t token_tile
   return std::min(x.tile, x.num_tokens - token_tile * x.tile);
 }
 
+// One token tile takes the block's tiles as they are expanded; several take them from a panel.
 template <int kTerms>
 void quantized_block(const Matrix& w, const std::uint8_t* block, const Activations& x, TileRange tokens, std::uint8_t* panel, float* c) {
-  const Kind kind = kind_of(*w.format);
-  const std::int64_t groups = x.groups(), piece = tokens.end - tokens.begin == 1 ? kPieceTiles : groups;
-  for (std::int64_t begin = 0; begin < groups; begin += piece) {
-    const std::int64_t end = std::min(groups, begin + piece);
-    expand_tiles(w, block, begin, end, panel);
-    for (std::int64_t i = tokens.begin; i < tokens.end; ++i) {
-      float* out = c + (i - tokens.begin) * x.tile * 16;
-      const std::uint8_t* group = x.group(i, begin);
-      const std::int64_t count = tokens_of_tile(x, i);
-      switch (kind) {
-        case Kind::kPlain: quantized_tile<Kind::kPlain, kTerms>(panel, end - begin, group, x.tile, count, out); break;
-        case Kind::kHalves: quantized_tile<Kind::kHalves, kTerms>(panel, end - begin, group, x.tile, count, out); break;
-        case Kind::kWide: quantized_tile<Kind::kWide, kTerms>(panel, end - begin, group, x.tile, count, out); break;
-      }
+  with_tiles(w.format->format, [&]<class Tiles>() {
+    Tiles tiles(w, block);
+    if (tokens.end - tokens.begin == 1) {
+      return quantized_tile<Tiles, kTerms>(tiles, x, tokens.begin, tokens_of_tile(x, tokens.begin), c);
     }
-  }
+    using Panel = PanelTiles<Tiles::kKind>;
+    Panel to(panel);
+    Tile tile;
+    for (std::int64_t i = 0; i < x.groups(); ++i) {
+      tiles.next(tile);
+      to.put(tile);
+    }
+    for (std::int64_t i = tokens.begin; i < tokens.end; ++i) {
+      quantized_tile<Panel, kTerms>(Panel(panel), x, i, tokens_of_tile(x, i), c + (i - tokens.begin) * x.tile * 16);
+    }
+  });
 }
 
 // c [tokens of the tiles][16] = x times row block `index` of w, transposed.
@@ -284,7 +345,7 @@ inline std::int64_t tiles_at_once(const Activations& x) {
 // Per thread: a panel, and c for four row blocks of `tiles_at_once` tiles.
 constexpr std::int64_t kMaxTokensAtOnce = 32 * kTokenTile;
 
-inline std::int64_t panel_bytes(const Linear& w) { return (w.columns() / kGroup + kPieceTiles) * panel_tile_bytes(Kind::kHalves); }
+inline std::int64_t panel_bytes(const Linear& w) { return w.columns() / kGroup * PanelTiles<Kind::kHalves>::kBytes; }
 inline std::int64_t thread_bytes(std::int64_t panel) { return align64(panel) + 4 * kMaxTokensAtOnce * 64; }
 
 struct ThreadScratch {
