@@ -1,4 +1,4 @@
-// Activations in the order the products read them: tiles of up to 12 tokens, column group by column group.
+// Activations in the order the products read them: tiles of 1 to 12 tokens, column group by column group.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,19 @@
 
 namespace flexjudge::FJ_ISA {
 
-constexpr std::int64_t kTokenTile = 12;
+constexpr std::int64_t kTokenTile = 12;  // tokens of the largest tile
+
+// Tokens of a tile: a size the kernels exist for, with little padding. Kernels compute whole tiles; what they make
+// of the padding, whose activations are never written, is never read.
+inline std::int64_t pick_token_tile(std::int64_t num_tokens) {
+  if (num_tokens <= 4) return num_tokens;
+  std::int64_t best = kTokenTile;
+  auto cost = [&](std::int64_t tile) { return (num_tokens + tile - 1) / tile * (tile + 1); };
+  for (const std::int64_t tile : {8, 6}) {
+    if (cost(tile) < cost(best)) best = tile;
+  }
+  return best;
+}
 
 // Of one token and group: factor of the codes, and the factor times their sum over all 32 columns and each 16.
 struct GroupMeta {
@@ -72,7 +84,7 @@ inline std::int64_t activation_bytes(std::int64_t num_tokens, std::int64_t colum
 
 inline Activations place_activations(std::uint8_t* memory, Forms forms, std::int64_t num_tokens, std::int64_t columns,
                                      int terms) {
-  Activations x{nullptr, nullptr, num_tokens, columns, std::min(num_tokens, kTokenTile), terms};
+  Activations x{nullptr, nullptr, num_tokens, columns, pick_token_tile(num_tokens), terms};
   if (forms.codes) x.codes = memory;
   if (forms.values) x.values = reinterpret_cast<float*>(memory + codes_bytes(num_tokens, columns, terms));
   return x;

@@ -178,46 +178,87 @@ FJ_INLINE void with_tiles(Format format, Call call) {
 
 // ---- Kernels: 16 rows times kT tokens; c [kT][16] is added to. ----
 
-// Sum over `kQuads` quads of codes times one token's two-byte (high, then low) or one-byte activations; exact.
-template <int kQuads, bool kWide, int kTerms, bool kTwoChains>
-FJ_INLINE I dot_quads(const Codes* codes, const std::int8_t* x) {
-  I dot = zero_i();
+// dots[t] = sum over `kQuads` quads of codes times token t's two-byte (high, then low) or one-byte activations; exact.
+// A product waits four cycles for the one before it in its chain, so four chains are kept going where tokens allow:
+// one a token, or with fewer than four tokens one for each of its bytes.
+template <int kTokens, int kQuads, bool kWide, int kTerms>
+FJ_INLINE void dot_quads(const Codes* codes, const std::int8_t* x, I* dots) {
+  constexpr int kStride = kTerms * 32;
+  constexpr bool kApart = kTerms == 2 && kTokens < 4;
+  I low[kTokens];
+#pragma GCC unroll 4
+  for (int t = 0; t < kTokens; ++t) dots[t] = low[t] = zero_i();
 #pragma GCC unroll 8
-  for (int q = 0; q < kQuads; ++q) dot = dot4<kWide>(dot, codes[q], x + 4 * q);
-  if constexpr (kTerms == 1) return dot;
-  dot = shift_left<8>(dot);
-  I low = kTwoChains ? zero_i() : dot;
+  for (int q = 0; q < kQuads; ++q) {
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokens; ++t) dots[t] = dot4<kWide>(dots[t], codes[q], x + t * kStride + 4 * q);
+  }
+  if constexpr (kTerms == 1) return;
+#pragma GCC unroll 4
+  for (int t = 0; t < kTokens; ++t) dots[t] = shift_left<8>(dots[t]);
+  I* sums = kApart ? low : dots;
 #pragma GCC unroll 8
-  for (int q = 0; q < kQuads; ++q) low = dot4<kWide>(low, codes[q], x + 32 + 4 * q);
-  return kTwoChains ? add_i(dot, low) : low;
+  for (int q = 0; q < kQuads; ++q) {
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokens; ++t) sums[t] = dot4<kWide>(sums[t], codes[q], x + t * kStride + 32 + 4 * q);
+  }
+  if constexpr (kApart) {
+    for (int t = 0; t < kTokens; ++t) dots[t] = add_i(dots[t], low[t]);
+  }
 }
 
-// Per tile and token: 8 (or 16) byte dot products of 16 rows, exact; then one rounding per operation below.
-template <int kT, class Tiles, int kTerms>
-FJ_INLINE void quantized_kernel(Tiles tiles, std::int64_t num_tiles, const std::uint8_t* x, std::int64_t x_tile,
-                                std::int64_t first, float* c) {
-  constexpr int kPairs = Tiles::kKind == Kind::kHalves ? 2 : 1, kQuads = 8 / kPairs;
-  constexpr bool kTwoChains = kT <= 4;  // few tokens: more products in flight; many: fewer registers
-  const std::int64_t x_stride = group_bytes(x_tile, kTerms);
-  F acc[kT];
-  for (int t = 0; t < kT; ++t) acc[t] = load(c + 16 * t);
-  for (std::int64_t i = 0; i < num_tiles; ++i, x += x_stride) {
-    const auto* meta = reinterpret_cast<const float*>(x) + 4 * first;
-    const auto* bytes = reinterpret_cast<const std::int8_t*>(x + x_tile * 16) + first * kTerms * 32;
-    Tile tile;
-    tiles.next(tile);
-#pragma GCC unroll 12
-    for (int t = 0; t < kT; ++t) {
+// Adds one tile times kT tokens. Per token: 8 (or 16) byte dot products of 16 rows, exact; then one rounding per
+// operation below.
+template <int kT, Kind kKind, int kTerms>
+FJ_INLINE void multiply_tile(const Tile& tile, const std::uint8_t* x, F* acc) {
+  constexpr int kPairs = kKind == Kind::kHalves ? 2 : 1, kQuads = 8 / kPairs;
+  constexpr int kTogether = kT % 4 == 0 ? 4 : (kT % 3 == 0 ? 3 : kT);
+  const auto* meta = reinterpret_cast<const float*>(x);
+  const auto* bytes = reinterpret_cast<const std::int8_t*>(x + kT * sizeof(GroupMeta));
+#pragma GCC unroll 4
+  for (int from = 0; from < kT; from += kTogether) {
 #pragma GCC unroll 2
-      for (int h = 0; h < kPairs; ++h) {
-        const I dot = dot_quads<kQuads, Tiles::kKind == Kind::kWide, kTerms, kTwoChains>(
-            tile.codes + h * kQuads, bytes + t * kTerms * 32 + 4 * h * kQuads);
-        acc[t] = fma(mul(to_float(dot), set1(meta[4 * t])), tile.factors[h], acc[t]);
+    for (int h = 0; h < kPairs; ++h) {
+      I dots[kTogether];
+      dot_quads<kTogether, kQuads, kKind == Kind::kWide, kTerms>(
+          tile.codes + h * kQuads, bytes + from * kTerms * 32 + 4 * h * kQuads, dots);
+#pragma GCC unroll 4
+      for (int i = 0; i < kTogether; ++i) {
+        const int t = from + i;
+        acc[t] = fma(mul(to_float(dots[i]), set1(meta[4 * t])), tile.factors[h], acc[t]);
         acc[t] = fma(set1(meta[4 * t + (kPairs == 1 ? 1 : 2 + h)]), tile.offsets[h], acc[t]);
       }
     }
   }
+}
+
+// One token tile: its sums stay in registers.
+template <int kT, class Tiles, int kTerms>
+FJ_INLINE void quantized_kernel(Tiles tiles, std::int64_t num_tiles, const std::uint8_t* x, float* c) {
+  F acc[kT];
+  for (int t = 0; t < kT; ++t) acc[t] = load(c + 16 * t);
+  for (std::int64_t i = 0; i < num_tiles; ++i, x += group_bytes(kT, kTerms)) {
+    Tile tile;
+    tiles.next(tile);
+    multiply_tile<kT, Tiles::kKind, kTerms>(tile, x, acc);
+  }
   for (int t = 0; t < kT; ++t) store(c + 16 * t, acc[t]);
+}
+
+// Some token tiles: a weight tile stays in registers and goes over all of them.
+template <int kT, class Tiles, int kTerms>
+FJ_INLINE void quantized_kernel_over(Tiles tiles, std::int64_t num_tiles, const std::uint8_t* x, std::int64_t token_tiles, float* c) {
+  const std::int64_t stride = num_tiles * group_bytes(kT, kTerms);
+  for (std::int64_t i = 0; i < num_tiles; ++i, x += group_bytes(kT, kTerms)) {
+    Tile tile;
+    tiles.next(tile);
+    for (std::int64_t j = 0; j < token_tiles; ++j) {
+      F acc[kT];
+      for (int t = 0; t < kT; ++t) acc[t] = load(c + 16 * (j * kT + t));
+      multiply_tile<kT, Tiles::kKind, kTerms>(tile, x + j * stride, acc);
+      for (int t = 0; t < kT; ++t) store(c + 16 * (j * kT + t), acc[t]);
+    }
+  }
 }
 
 struct F32 {
@@ -235,15 +276,14 @@ struct BF16 {
 
 // Plain values. Runs of 64 columns are summed apart, which keeps the rounding error of long rows small.
 template <int kT, class Weight>
-void dense_kernel(const std::uint8_t* block, std::int64_t columns, const float* x, std::int64_t x_tile, std::int64_t first, float* c) {
+void dense_kernel(const std::uint8_t* block, std::int64_t columns, const float* x, float* c) {
   const auto* w = reinterpret_cast<const typename Weight::Stored*>(block);
-  x += first;
   F total[kT];
   for (int t = 0; t < kT; ++t) total[t] = load(c + 16 * t);
   for (std::int64_t begin = 0; begin < columns; begin += 64) {
     F acc[kT];
     for (int t = 0; t < kT; ++t) acc[t] = zero();
-    for (std::int64_t k = begin; k < std::min(columns, begin + 64); ++k, w += 16, x += x_tile) {
+    for (std::int64_t k = begin; k < std::min(columns, begin + 64); ++k, w += 16, x += kT) {
       const F row = Weight::get(w);
 #pragma GCC unroll 12
       for (int t = 0; t < kT; ++t) acc[t] = fma(row, set1(x[t]), acc[t]);
@@ -253,63 +293,66 @@ void dense_kernel(const std::uint8_t* block, std::int64_t columns, const float* 
   for (int t = 0; t < kT; ++t) store(c + 16 * t, total[t]);
 }
 
-// Cuts `count` tokens of a tile into runs the kernels exist for.
-template <class Call>
-FJ_INLINE void for_token_runs(std::int64_t count, Call call) {
-  for (std::int64_t first = 0; first < count;) {
-    switch (std::min<std::int64_t>(count - first, kTokenTile)) {
-      case 12: call.template operator()<12>(first); first += 12; break;
-      case 11: case 10: case 9: case 8: call.template operator()<8>(first); first += 8; break;
-      case 7: case 6: call.template operator()<6>(first); first += 6; break;
-      case 5: case 4: call.template operator()<4>(first); first += 4; break;
-      case 3: call.template operator()<3>(first); first += 3; break;
-      case 2: call.template operator()<2>(first); first += 2; break;
-      default: call.template operator()<1>(first); first += 1; break;
-    }
-  }
-}
-
-template <class Tiles, int kTerms>
-void quantized_tile(Tiles tiles, const Activations& x, std::int64_t token_tile, std::int64_t count, float* c) {
-  for_token_runs(count, [&]<int kT>(std::int64_t first) {
-    quantized_kernel<kT, Tiles, kTerms>(tiles, x.groups(), x.group(token_tile, 0), x.tile, first, c + 16 * first);
-  });
-}
-
-template <class Weight>
-void dense_tile(const std::uint8_t* block, const Activations& x, std::int64_t token_tile, std::int64_t count, float* c) {
-  for_token_runs(count, [&]<int kT>(std::int64_t first) {
-    dense_kernel<kT, Weight>(block, x.columns, x.column(token_tile, 0), x.tile, first, c + 16 * first);
-  });
-}
-
 // ---- One row block times some token tiles. ----
 
 struct TileRange {
   std::int64_t begin, end;
+  std::int64_t count() const { return end - begin; }
 };
 
-inline std::int64_t tokens_of_tile(const Activations& x, std::int64_t token_tile) {
-  return std::min(x.tile, x.num_tokens - token_tile * x.tile);
+// Calls `call` with the size of a token tile; only the sizes `pick_token_tile` gives for several tiles where kSeveral.
+template <bool kSeveral, class Call>
+FJ_INLINE void with_token_tile(std::int64_t tile, Call call) {
+  switch (tile) {
+    case 12: return call.template operator()<12>();
+    case 8: return call.template operator()<8>();
+    case 6: return call.template operator()<6>();
+  }
+  if constexpr (!kSeveral) {
+    switch (tile) {
+      case 4: return call.template operator()<4>();
+      case 3: return call.template operator()<3>();
+      case 2: return call.template operator()<2>();
+      default: return call.template operator()<1>();
+    }
+  }
 }
 
-// One token tile takes the block's tiles as they are expanded; several take them from a panel.
-template <int kTerms>
+// A few token tiles take the block's tiles as they are expanded; many take them from a panel, one after the other,
+// which reads the activations in the order they lie in.
+constexpr std::int64_t kFewTokenTiles = 4;
+
+template <class Tiles, int kTerms>
 void quantized_block(const Matrix& w, const std::uint8_t* block, const Activations& x, TileRange tokens, std::uint8_t* panel, float* c) {
-  with_tiles(w.format->format, [&]<class Tiles>() {
-    Tiles tiles(w, block);
-    if (tokens.end - tokens.begin == 1) {
-      return quantized_tile<Tiles, kTerms>(tiles, x, tokens.begin, tokens_of_tile(x, tokens.begin), c);
+  Tiles tiles(w, block);
+  const std::uint8_t* first = x.group(tokens.begin, 0);
+  if (tokens.count() == 1) {
+    return with_token_tile<false>(x.tile, [&]<int kT>() { quantized_kernel<kT, Tiles, kTerms>(tiles, x.groups(), first, c); });
+  }
+  if (tokens.count() <= kFewTokenTiles) {
+    return with_token_tile<true>(x.tile, [&]<int kT>() {
+      quantized_kernel_over<kT, Tiles, kTerms>(tiles, x.groups(), first, tokens.count(), c);
+    });
+  }
+  using Panel = PanelTiles<Tiles::kKind>;
+  Panel to(panel);
+  Tile tile;
+  for (std::int64_t i = 0; i < x.groups(); ++i) {
+    tiles.next(tile);
+    to.put(tile);
+  }
+  with_token_tile<true>(x.tile, [&]<int kT>() {
+    for (std::int64_t i = tokens.begin; i < tokens.end; ++i, c += kT * 16) {
+      quantized_kernel<kT, Panel, kTerms>(Panel(panel), x.groups(), x.group(i, 0), c);
     }
-    using Panel = PanelTiles<Tiles::kKind>;
-    Panel to(panel);
-    Tile tile;
-    for (std::int64_t i = 0; i < x.groups(); ++i) {
-      tiles.next(tile);
-      to.put(tile);
-    }
-    for (std::int64_t i = tokens.begin; i < tokens.end; ++i) {
-      quantized_tile<Panel, kTerms>(Panel(panel), x, i, tokens_of_tile(x, i), c + (i - tokens.begin) * x.tile * 16);
+  });
+}
+
+template <class Weight>
+void dense_block(const std::uint8_t* block, const Activations& x, TileRange tokens, float* c) {
+  with_token_tile<false>(x.tile, [&]<int kT>() {
+    for (std::int64_t i = tokens.begin; i < tokens.end; ++i, c += kT * 16) {
+      dense_kernel<kT, Weight>(block, x.columns, x.column(i, 0), c);
     }
   });
 }
@@ -317,19 +360,15 @@ void quantized_block(const Matrix& w, const std::uint8_t* block, const Activatio
 // c [tokens of the tiles][16] = x times row block `index` of w, transposed.
 inline void block_product(const Matrix& w, std::int64_t index, const Activations& x, TileRange tokens, std::uint8_t* panel, float* c) {
   const std::uint8_t* block = w.data + index * w.layout.block_bytes();
-  std::fill_n(c, (tokens.end - tokens.begin) * x.tile * 16, 0.0f);
-  if (w.is_quantized()) {
-    x.terms == 2 ? quantized_block<2>(w, block, x, tokens, panel, c) : quantized_block<1>(w, block, x, tokens, panel, c);
-    return;
-  }
-  for (std::int64_t i = tokens.begin; i < tokens.end; ++i) {
-    float* out = c + (i - tokens.begin) * x.tile * 16;
-    const std::int64_t count = tokens_of_tile(x, i);
-    switch (w.format->format) {
-      case Format::kF32: dense_tile<F32>(block, x, i, count, out); break;
-      case Format::kF16: dense_tile<F16>(block, x, i, count, out); break;
-      default: dense_tile<BF16>(block, x, i, count, out); break;
-    }
+  std::fill_n(c, tokens.count() * x.tile * 16, 0.0f);
+  switch (w.format->format) {
+    case Format::kF32: return dense_block<F32>(block, x, tokens, c);
+    case Format::kF16: return dense_block<F16>(block, x, tokens, c);
+    case Format::kBF16: return dense_block<BF16>(block, x, tokens, c);
+    default:
+      with_tiles(w.format->format, [&]<class Tiles>() {
+        x.terms == 2 ? quantized_block<Tiles, 2>(w, block, x, tokens, panel, c) : quantized_block<Tiles, 1>(w, block, x, tokens, panel, c);
+      });
   }
 }
 
