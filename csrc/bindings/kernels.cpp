@@ -55,20 +55,23 @@ const flexjudge::FormatInfo& format_of(const std::string& name) {
   return *found;
 }
 
-// source: contiguous rows of whole units. Returns uint8 [bytes].
-Tensor pack(const Tensor& source, const std::string& format_name, int64_t rows, int64_t columns, int64_t threads) {
+int64_t packed_bytes(const std::string& format_name, int64_t rows, int64_t columns) {
+  return flexjudge::packed_layout(format_of(format_name), rows, columns).bytes();
+}
+
+// source: contiguous rows of whole units; packed: uint8 [packed_bytes].
+void pack(const Tensor& source, const std::string& format_name, int64_t rows, int64_t columns, Tensor packed, int64_t threads) {
   const auto& format = format_of(format_name);
   check(source.is_contiguous() && columns % format.unit == 0, "pack: whole units in contiguous rows are needed");
   const int64_t bytes = source.numel() * static_cast<int64_t>(source.element_size());
   check(bytes == rows * (columns / format.unit) * format.unit_bytes, "pack: the source's size does not match the shape");
   const auto layout = flexjudge::packed_layout(format, rows, columns);
-  Tensor packed = new_tensor<1>(source, {layout.bytes()}, ScalarType::Byte);
+  check(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() && packed.numel() == layout.bytes(), "pack: wrong output size");
   const auto* from = static_cast<const uint8_t*>(source.const_data_ptr());
   flexjudge::run_team(static_cast<int>(threads), [&](flexjudge::Team& team, int rank) {
     const flexjudge::Share share(layout.row_blocks, rank, team.size());
     flexjudge::pack_rows(format, from, rows, columns, share.begin, share.end, data<uint8_t>(packed));
   });
-  return packed;
 }
 
 // ids: int64 [n]. Returns float32 [n, columns].
@@ -246,7 +249,8 @@ std::string isa() { return kernels().isa; }
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(flexjudge, m) {
-  m.def("pack(Tensor source, str format, int rows, int columns, int threads) -> Tensor");
+  m.def("packed_bytes(str format, int rows, int columns) -> int");
+  m.def("pack(Tensor source, str format, int rows, int columns, Tensor(a!) packed, int threads) -> ()");
   m.def("unpack(Tensor packed, str format, int rows, int columns, Tensor ids) -> Tensor");
   m.def("packed_linear(Tensor x, Tensor packed, str format, int rows, int terms, int threads) -> Tensor");
   m.def(
@@ -270,4 +274,5 @@ STABLE_TORCH_LIBRARY_IMPL(flexjudge, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(flexjudge, CompositeExplicitAutograd, m) {
   m.impl("format_id", TORCH_BOX(&format_id));
   m.impl("isa", TORCH_BOX(&isa));
+  m.impl("packed_bytes", TORCH_BOX(&packed_bytes));
 }

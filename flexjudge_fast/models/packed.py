@@ -1,5 +1,7 @@
 """A decoder packed for the CPU kernels: the same `step` as `Decoder`, in one call into C++."""
 
+from collections.abc import Iterator
+
 import torch
 
 from flexjudge_fast.layers.attention import AttentionInput
@@ -13,7 +15,7 @@ from flexjudge_fast.ops.decoder import (
     PackedLinear,
     run_decoder,
 )
-from flexjudge_fast.ops.packed import PackedMatrix, pack
+from flexjudge_fast.ops.packed import PackedMatrix, WeightMemory, pack, packed_bytes
 from flexjudge_fast.weights.tensor import QuantTensor, Weight
 
 _DENSE_FORMATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -33,9 +35,10 @@ class PackedModel:
         self.num_threads = num_threads
         self.embed = model.embed
         self.rotary = model.rotary
+        packer = _Packer(model)
         layers = []
         while model.layers:  # one at a time, so that only one is there in both forms
-            layers.append(_pack_layer(model.layers.pop(0), config.intermediate_size))
+            layers.append(packer.layer(model.layers.pop(0), config.intermediate_size))
         self.plan = DecoderPlan(
             PackedDecoder(
                 config.hidden_size,
@@ -47,7 +50,7 @@ class PackedModel:
                 activation_bytes,
                 layers,
                 model.norm.weight.float(),
-                _pack_linear(model.lm_head),
+                packer.linear(model.lm_head),
             )
         )
 
@@ -66,27 +69,41 @@ class PackedModel:
         return run_decoder(self.plan, hidden, cos_sin, step, cache, logit_rows, self.num_threads)
 
 
-def _pack_layer(layer: DecoderLayer, intermediate: int) -> PackedLayer:
-    gate_up = layer.mlp.gate_up
-    gate, up = gate_up.weights  # apart: this model is loaded without merging
-    biases = (None, None) if gate_up.bias is None else gate_up.bias.float().split(intermediate)
-    return PackedLayer(
-        input_norm=layer.input_norm.weight.float(),
-        qkv=_pack_linear(layer.attention.qkv),
-        out=_pack_linear(layer.attention.out),
-        post_norm=layer.post_norm.weight.float(),
-        gate=PackedLinear([_pack(gate)], biases[0]),
-        up=PackedLinear([_pack(up)], biases[1]),
-        down=_pack_linear(layer.mlp.down),
-    )
+class _Packer:
+    """Packs a model's weights into one stretch of memory."""
+
+    def __init__(self, model: Decoder) -> None:
+        weights = [weight for linear in _linears(model) for weight in linear.weights]
+        self.memory = WeightMemory(sum(packed_bytes(_format(w), *w.shape) for w in weights))
+
+    def layer(self, layer: DecoderLayer, intermediate: int) -> PackedLayer:
+        gate_up = layer.mlp.gate_up
+        gate, up = gate_up.weights  # apart: this model is loaded without merging
+        biases = (None, None) if gate_up.bias is None else gate_up.bias.float().split(intermediate)
+        return PackedLayer(
+            input_norm=layer.input_norm.weight.float(),
+            qkv=self.linear(layer.attention.qkv),
+            out=self.linear(layer.attention.out),
+            post_norm=layer.post_norm.weight.float(),
+            gate=PackedLinear([self.matrix(gate)], biases[0]),
+            up=PackedLinear([self.matrix(up)], biases[1]),
+            down=self.linear(layer.mlp.down),
+        )
+
+    def linear(self, linear: Linear) -> PackedLinear:
+        bias = None if linear.bias is None else linear.bias.float()
+        return PackedLinear([self.matrix(weight) for weight in linear.weights], bias)
+
+    def matrix(self, weight: Weight) -> PackedMatrix:
+        source = weight.blocks if isinstance(weight, QuantTensor) else weight.data
+        return pack(source, _format(weight), weight.shape[1], self.memory)
 
 
-def _pack_linear(linear: Linear) -> PackedLinear:
-    bias = None if linear.bias is None else linear.bias.float()
-    return PackedLinear([_pack(weight) for weight in linear.weights], bias)
+def _linears(model: Decoder) -> Iterator[Linear]:
+    for layer in model.layers:
+        yield from (layer.attention.qkv, layer.attention.out, layer.mlp.gate_up, layer.mlp.down)
+    yield model.lm_head
 
 
-def _pack(weight: Weight) -> PackedMatrix:
-    if isinstance(weight, QuantTensor):
-        return pack(weight.blocks, weight.format.name, weight.shape[1])
-    return pack(weight.data, _DENSE_FORMATS[weight.data.dtype], weight.shape[1])
+def _format(weight: Weight) -> str:
+    return weight.format.name if isinstance(weight, QuantTensor) else _DENSE_FORMATS[weight.data.dtype]

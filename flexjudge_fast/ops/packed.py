@@ -1,5 +1,6 @@
 """Matrices in the CPU kernels' reading order, and their products."""
 
+import mmap
 from dataclasses import dataclass
 
 import torch
@@ -20,16 +21,50 @@ class PackedMatrix:
     columns: int
 
 
-def pack(source: torch.Tensor, format_name: str, columns: int) -> PackedMatrix:
+class WeightMemory:
+    """One stretch of memory for all packed matrices, on huge pages where the system has them.
+
+    Huge pages need fewer address translations: on 4 KiB pages a read of all weights is some 15% slower.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        pages = mmap.mmap(-1, num_bytes + _HUGE_PAGE)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        memory = torch.frombuffer(pages, dtype=torch.uint8)  # keeps `pages` open
+        self._free = memory[-memory.data_ptr() % _HUGE_PAGE :]
+
+    def take(self, num_bytes: int) -> torch.Tensor:
+        """The next uint8 [num_bytes]; packed sizes are multiples of 64, so each begins on a cache line."""
+        taken, self._free = self._free[:num_bytes], self._free[num_bytes:]
+        return taken
+
+
+_HUGE_PAGE = 2 << 20
+
+
+def packed_bytes(format_name: str, rows: int, columns: int) -> int:
+    """Bytes of a packed matrix."""
+    size: int = torch.ops.flexjudge.packed_bytes(format_name, rows, columns)
+    return size
+
+
+def pack(
+    source: torch.Tensor, format_name: str, columns: int, memory: WeightMemory | None = None
+) -> PackedMatrix:
     """Repack a weight; lossless.
 
     Args:
         source: rows as a checkpoint stores them, on the CPU: uint8 blocks [rows, bytes_per_row] of a
             quantised format, or float32, float16 or bfloat16 [rows, columns] ("F32", "F16", "BF16").
+        memory: where the packed matrix is put; a tensor of its own when `None`.
     """
-    threads = torch.get_num_threads()
-    data = torch.ops.flexjudge.pack(source.contiguous(), format_name, source.shape[0], columns, threads)
-    return PackedMatrix(data, format_name, source.shape[0], columns)
+    rows, size = source.shape[0], packed_bytes(format_name, source.shape[0], columns)
+    data = torch.empty(size, dtype=torch.uint8) if memory is None else memory.take(size)
+    torch.ops.flexjudge.pack(
+        source.contiguous(), format_name, rows, columns, data, torch.get_num_threads()
+    )
+    return PackedMatrix(data, format_name, rows, columns)
 
 
 def unpack(matrix: PackedMatrix, ids: torch.Tensor) -> torch.Tensor:
