@@ -28,7 +28,7 @@ class WeightMemory:
     """
 
     def __init__(self, num_bytes: int) -> None:
-        pages = mmap.mmap(-1, num_bytes + _HUGE_PAGE)
+        pages = mmap.mmap(-1, num_bytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             pages.madvise(mmap.MADV_HUGEPAGE)
         memory = torch.frombuffer(pages, dtype=torch.uint8)  # keeps `pages` open
