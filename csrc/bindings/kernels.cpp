@@ -216,7 +216,8 @@ class PlanReader {
 
 // One step of a whole decoder; see `ops/decoder.py`. Returns float32 [num_rows, vocab].
 Tensor decoder(const Tensor& plan, const Tensor& hidden, const Tensor& cos, const Tensor& sin, const Tensor& slots, const Tensor& block_tables,
-               const Tensor& query_start, const Tensor& context_lens, const Tensor& cache, const Tensor& logit_rows, int64_t threads) {
+               const Tensor& query_start, const Tensor& context_lens, const Tensor& cache, const Tensor& logit_rows, const Tensor& scratch,
+               int64_t threads) {
   const flexjudge::Decoder model = PlanReader(plan).decoder();
   const int64_t n = hidden.size(0);
   check(hidden.scalar_type() == ScalarType::Float && hidden.is_contiguous() && hidden.size(1) == model.hidden, "decoder: hidden must be contiguous float32");
@@ -237,9 +238,58 @@ Tensor decoder(const Tensor& plan, const Tensor& hidden, const Tensor& cos, cons
                              int64s(logit_rows),
                              data<float>(logits)};
   const Kernels& k = kernels();
-  const Scratch scratch(hidden, k.decoder_scratch_bytes(model, n, longest(step.sequences), static_cast<int>(threads)));
-  flexjudge::run_team(static_cast<int>(threads), [&](flexjudge::Team& team, int rank) { k.decoder(model, step, scratch.begin, team, rank); });
+  check(scratch.numel() >= k.decoder_scratch_bytes(model, n, longest(step.sequences), static_cast<int>(threads)) &&
+            reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr()) % 64 == 0,
+        "decoder: scratch is too small or not aligned to 64 bytes");
+  flexjudge::run_team(static_cast<int>(threads), [&](flexjudge::Team& team, int rank) { k.decoder(model, step, data<uint8_t>(scratch), team, rank); });
   return logits;
+}
+
+int64_t decoder_scratch_bytes(const Tensor& plan, int64_t num_tokens, int64_t max_context, int64_t threads) {
+  return kernels().decoder_scratch_bytes(PlanReader(plan).decoder(), num_tokens, max_context, static_cast<int>(threads));
+}
+
+// Calls `work(i)` for i below `count`, spread over the threads.
+template <class Work>
+void for_each(int64_t count, int64_t threads, Work work) {
+  flexjudge::run_team(static_cast<int>(std::min(count, threads)), [&](flexjudge::Team& team, int rank) {
+    const flexjudge::Share share(count, rank, team.size());
+    for (int64_t i = share.begin; i < share.end; ++i) work(i);
+  });
+}
+
+void check_logits(const Tensor& logits) {
+  check(logits.scalar_type() == ScalarType::Float && logits.dim() == 2 && logits.is_contiguous(), "logits must be contiguous float32 [num_rows, vocab]");
+}
+
+// Returns bool [num_rows].
+Tensor finite_rows(const Tensor& logits, int64_t threads) {
+  check_logits(logits);
+  Tensor out = new_tensor<1>(logits, {logits.size(0)}, ScalarType::Bool);
+  const Kernels& k = kernels();
+  const auto* rows = static_cast<const float*>(logits.const_data_ptr());
+  for_each(logits.size(0), threads, [&](int64_t i) { data<bool>(out)[i] = k.all_finite(rows + i * logits.size(1), logits.size(1)); });
+  return out;
+}
+
+// draws: float64 [num_draws, 6], see `ops/sample.py`; banned: int64. Returns int64 [num_draws].
+Tensor sample_tokens(const Tensor& logits, const Tensor& draws, const Tensor& banned, int64_t threads) {
+  check_logits(logits);
+  const int64_t size = logits.size(1), count = draws.size(0);
+  check(draws.scalar_type() == ScalarType::Double && draws.is_contiguous() && draws.size(1) == 6, "sample_tokens: draws must be contiguous float64 [num_draws, 6]");
+  const flexjudge::Banned no{int64s(banned), banned.numel()};
+  for (int64_t i = 0; i < no.count; ++i) check(no.ids[i] >= 0 && no.ids[i] < size, "sample_tokens: a banned id is out of range");
+  const auto* numbers = static_cast<const double*>(draws.const_data_ptr());
+  for (int64_t i = 0; i < count; ++i) check(numbers[6 * i] >= 0 && numbers[6 * i] < static_cast<double>(logits.size(0)), "sample_tokens: a row is out of range");
+  Tensor out = new_tensor<1>(logits, {count}, ScalarType::Long);
+  const Kernels& k = kernels();
+  const auto* rows = static_cast<const float*>(logits.const_data_ptr());
+  for_each(count, threads, [&](int64_t i) {
+    const double* d = numbers + 6 * i;
+    const flexjudge::Draw draw{static_cast<int64_t>(d[0]), static_cast<int64_t>(d[1]), d[2], d[3], d[4], d[5]};
+    data<int64_t>(out)[i] = k.draw_token(rows + draw.row * size, size, no, draw);
+  });
+  return out;
 }
 
 int64_t format_id(const std::string& name) { return static_cast<int64_t>(format_of(name).format); }
@@ -258,7 +308,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flexjudge, m) {
       "float scale, int threads) -> Tensor");
   m.def(
       "decoder(Tensor plan, Tensor(a!) hidden, Tensor cos, Tensor sin, Tensor slots, Tensor block_tables, Tensor query_start, "
-      "Tensor context_lens, Tensor(b!) cache, Tensor logit_rows, int threads) -> Tensor");
+      "Tensor context_lens, Tensor(b!) cache, Tensor logit_rows, Tensor(c!) scratch, int threads) -> Tensor");
+  m.def("decoder_scratch_bytes(Tensor plan, int num_tokens, int max_context, int threads) -> int");
+  m.def("finite_rows(Tensor logits, int threads) -> Tensor");
+  m.def("sample_tokens(Tensor logits, Tensor draws, Tensor banned, int threads) -> Tensor");
   m.def("format_id(str format) -> int");
   m.def("isa() -> str");
 }
@@ -269,6 +322,9 @@ STABLE_TORCH_LIBRARY_IMPL(flexjudge, CPU, m) {
   m.impl("packed_linear", TORCH_BOX(&packed_linear));
   m.impl("packed_attention", TORCH_BOX(&packed_attention));
   m.impl("decoder", TORCH_BOX(&decoder));
+  m.impl("decoder_scratch_bytes", TORCH_BOX(&decoder_scratch_bytes));
+  m.impl("finite_rows", TORCH_BOX(&finite_rows));
+  m.impl("sample_tokens", TORCH_BOX(&sample_tokens));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flexjudge, CompositeExplicitAutograd, m) {

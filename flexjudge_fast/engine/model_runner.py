@@ -40,6 +40,11 @@ class ModelRunner:
         self.num_forward_tokens += batch.num_tokens
         return logits
 
+    @property
+    def num_threads(self) -> int:
+        """Threads of the compiled ops."""
+        return self.model.num_threads if isinstance(self.model, PackedModel) else torch.get_num_threads()
+
     def threads(self) -> AbstractContextManager[None]:
         """What a step runs in: kernels with threads of their own must not share the cores with torch's."""
         return one_torch_thread() if isinstance(self.model, PackedModel) else nullcontext()

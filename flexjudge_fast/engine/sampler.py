@@ -1,68 +1,23 @@
-"""Draws one token from a row of logits, and reads log-probabilities off it."""
+"""Turns sampling parameters into draws, and reads log-probabilities off a row of logits."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from flexjudge_fast.engine.sampling_params import SamplingParams
-
-_NUCLEUS_GUESS = 256  # a nucleus is nearly always inside the likeliest 256 tokens; else all are sorted
-
-
-def sample_token(
-    logits: torch.Tensor,
-    params: SamplingParams,
-    draw: float,
-    allowed: Sequence[int] | None = None,
-    banned: Sequence[int] = (),
-) -> int:
-    """Pick a token id.
-
-    Args:
-        logits: [vocab_size] float32.
-        draw: uniform in [0, 1); unused when greedy.
-        allowed: the only ids to choose from; all when `None`.
-        banned: ids never chosen; read only when `allowed` is `None`.
-    """
-    if allowed is not None:
-        choices = torch.as_tensor(allowed, device=logits.device)
-        return int(choices[_sample(logits[choices], params, draw)])
-    if len(banned):
-        logits = logits.clone()
-        logits[torch.as_tensor(banned, device=logits.device)] = -torch.inf
-    return _sample(logits, params, draw)
+from flexjudge_fast.ops.sample import Draw, sample_reference
 
 
-def _sample(logits: torch.Tensor, params: SamplingParams, draw: float) -> int:
-    if params.temperature == 0 or logits.numel() == 1:
-        return int(logits.argmax())
-    probs = torch.softmax(logits.double() / params.temperature, dim=-1)
-    probs, ids = _truncate(probs, params)
-    cumulative = probs.cumsum(0)
-    index = int(torch.searchsorted(cumulative, draw * float(cumulative[-1]), right=True))
-    return int(ids[min(index, len(ids) - 1)])
+def draw_of(params: SamplingParams, row: int, uniform: float) -> Draw:
+    """The draw that `params` ask for. uniform: in [0, 1); unused when greedy."""
+    return Draw(row, params.top_k, params.temperature, params.top_p, params.min_p, uniform)
 
 
-def _truncate(probs: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
-    """top-k, then top-p over what is left, then min-p; returns probabilities and ids, likeliest first."""
-    size = probs.numel()
-    wanted = min(params.top_k or size, size)
-    if params.top_p < 1 and wanted > _NUCLEUS_GUESS:
-        top, ids = torch.topk(probs, _NUCLEUS_GUESS)
-        mass = probs.sum() if wanted == size else torch.topk(probs, wanted).values.sum()
-        if float(top.sum()) < params.top_p * float(mass):
-            top, ids = torch.topk(probs, wanted)
-    else:
-        top, ids = torch.topk(probs, wanted)
-        mass = top.sum()
-    if params.top_p < 1:
-        before = top.cumsum(0) - top  # probability of everything likelier
-        keep = before < params.top_p * mass
-        top, ids = top[keep], ids[keep]
-    if params.min_p > 0:
-        keep = top >= params.min_p * top[0]
-        top, ids = top[keep], ids[keep]
-    return top, ids
+def sample_among(logits: torch.Tensor, draw: Draw, allowed: Sequence[int]) -> int:
+    """Pick one of a few ids. logits: [num_rows, vocab_size]."""
+    choices = torch.as_tensor(allowed, device=logits.device)
+    return int(choices[sample_reference(logits[draw.row][choices], replace(draw, row=0))])
 
 
 def log_probs(logits: torch.Tensor, ids: Sequence[int]) -> list[float]:

@@ -1,6 +1,7 @@
 """One engine step: schedule, run, and hand the results to the requests."""
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -8,10 +9,11 @@ from flexjudge_fast.engine.batch import Batch
 from flexjudge_fast.engine.model_runner import ModelRunner
 from flexjudge_fast.engine.random import uniform
 from flexjudge_fast.engine.request import Request
-from flexjudge_fast.engine.sampler import log_probs, sample_token, top_log_probs
+from flexjudge_fast.engine.sampler import draw_of, log_probs, sample_among, top_log_probs
 from flexjudge_fast.engine.scheduler import Scheduler
 from flexjudge_fast.engine.stats import EngineStats
 from flexjudge_fast.errors import NumericalError
+from flexjudge_fast.ops.sample import Draw, finite_rows, sample_tokens
 from flexjudge_fast.prompts.grammar import AnswerState
 
 
@@ -74,33 +76,42 @@ class Stepper:
     def _postprocess(self, batch: Batch, logits: torch.Tensor) -> None:
         """logits: [num_rows, vocab_size], the chunks' `logit_positions` in order."""
         self.scheduler.commit(batch)
-        row = 0
+        finite = finite_rows(logits, self.runner.num_threads)
+        drawing: list[tuple[Request, int]] = []  # a sample that draws, and its row
+        done: list[Request] = []
+        end = 0
         for chunk in batch.chunks:
-            rows = logits[row : row + len(chunk.logit_positions)]
-            row += len(rows)
-            if len(rows) and chunk.request.finish_reason is None:
-                self._take(chunk.request, rows, chunk.logit_positions.start)
+            request, begin = chunk.request, end
+            end += len(chunk.logit_positions)
+            if begin == end or request.finish_reason is not None:
+                continue
+            if not all(finite[begin:end]):
+                done += self._fail(request)
+            elif request.all_logits or request.probe is not None:
+                self._measure(request, logits[begin:end], chunk.logit_positions.start)
+                done.append(request)
+            else:
+                drawing += [(member, end - 1) for member in self._fork_samples(request)]
+        self._finish_all(done)  # first: a failed probe ends its parent, which then draws no more
+        drawing = [(request, row) for request, row in drawing if request.finish_reason is None]
+        self._draw(drawing, logits)
+        self._finish_all(request for request, _ in drawing)
 
-    def _take(self, request: Request, rows: torch.Tensor, position: int) -> None:
-        """Logits [n, vocab_size] from `position` on belong to `request`."""
-        members = [request]
-        if not bool(torch.isfinite(rows).all()):
-            members = self._fail(request)
-        elif request.all_logits:
-            if position == 0:
-                request.logits.clear()  # it starts over after a preemption
-            request.logits.append(rows.cpu().clone())
-            if not request.num_uncomputed:
-                request.finish("stop")
-        elif request.probe is not None:
+    def _finish_all(self, requests: Iterable[Request]) -> None:
+        for request in requests:
+            if request.finish_reason is not None:
+                self._finish(request)
+
+    def _measure(self, request: Request, rows: torch.Tensor, position: int) -> None:
+        """Logits [n, vocab_size] from `position` on of a request that draws nothing."""
+        if request.probe is not None:
             self._observe(request, rows, position)
-        else:
-            members = self._fork_samples(request)
-            for member in members:
-                self._draw(member, rows[-1])
-        for member in members:
-            if member.finish_reason is not None:
-                self._finish(member)
+            return
+        if position == 0:
+            request.logits.clear()  # it starts over after a preemption
+        request.logits.append(rows.cpu().clone())
+        if not request.num_uncomputed:
+            request.finish("stop")
 
     def _fail(self, request: Request) -> list[Request]:
         """All samples of a request whose logits are not finite; its blocks may be bad, so none is kept."""
@@ -137,25 +148,33 @@ class Stepper:
         self.scheduler.share_blocks(parent, child)
         self.scheduler.add(child, front=True)
 
-    def _draw(self, request: Request, row: torch.Tensor) -> None:
-        """Sample the next token; at the start of a score, also ask for the score's distribution."""
-        params, grammar = request.params, request.grammar
-        position = len(request.token_ids)
-        draw = (
-            uniform(params.seed, request.key, request.sample_index, position) if params.temperature else 0.0
-        )
-        if grammar is None:
-            token_id = sample_token(row, params, draw)
-            if params.logprobs is not None:
-                request.logprobs.append(top_log_probs(row, token_id, params.logprobs))
-        else:
+    def _draw(self, drawing: Sequence[tuple[Request, int]], logits: torch.Tensor) -> None:
+        """Sample everyone's next token; at the start of a score, also ask for the score's distribution."""
+        tokens: dict[Request, int] = {}
+        free: defaultdict[tuple[int, ...], dict[Request, Draw]] = defaultdict(dict)  # by what is banned
+        for request, row in drawing:
+            draw = draw_of(request.params, row, _uniform(request))
+            grammar = request.grammar
+            if grammar is None:
+                free[()][request] = draw
+                continue
             slot = grammar.slot_start()
             if slot is not None:
-                _read_distribution(grammar, slot, (), row)
+                _read_distribution(grammar, slot, (), logits[row])
                 for probe in grammar.probes():
                     self._start_fork(request, request.fork_probe(0, probe))
-            token_id = sample_token(row, params, draw, grammar.allowed(), grammar.banned())
-        request.append(token_id)
+            allowed = grammar.allowed()
+            if allowed is None:
+                free[grammar.banned()][request] = draw
+            else:
+                tokens[request] = sample_among(logits, draw, allowed)
+        for banned, draws in free.items():
+            drawn = sample_tokens(logits, list(draws.values()), banned, self.runner.num_threads)
+            tokens.update(zip(draws, drawn, strict=True))
+        for request, row in drawing:
+            if request.grammar is None and request.params.logprobs is not None:
+                request.logprobs.append(top_log_probs(logits[row], tokens[request], request.params.logprobs))
+            request.append(tokens[request])
 
     def _finish(self, request: Request) -> None:
         """Release a finished request; a sample is delivered once its last probe has reported."""
@@ -169,6 +188,14 @@ class Stepper:
             request = parent
         if request.finish_reason is not None and request.open_probes == 0:
             self._deliver(request)
+
+
+def _uniform(request: Request) -> float:
+    """The request's next random number; 0 when it is greedy."""
+    params = request.params
+    if params.temperature == 0:
+        return 0.0
+    return uniform(params.seed, request.key, request.sample_index, len(request.token_ids))
 
 
 def _read_distribution(grammar: AnswerState, slot: int, prefix: tuple[int, ...], row: torch.Tensor) -> None:

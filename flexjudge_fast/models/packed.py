@@ -15,14 +15,14 @@ from flexjudge_fast.ops.decoder import (
     PackedLinear,
     run_decoder,
 )
-from flexjudge_fast.ops.packed import PackedMatrix, WeightMemory, pack, packed_bytes
+from flexjudge_fast.ops.packed import PackedMatrix, WeightMemory, pack, packed_bytes, unpack
 from flexjudge_fast.weights.tensor import QuantTensor, Weight
 
 _DENSE_FORMATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 class PackedModel:
-    """Takes the weights of `model`, loaded without merging; it keeps only its embedding.
+    """Takes the weights of `model`, loaded without merging.
 
     Args:
         activation_bytes: 2 (16-bit activations before a quantised product) or 1.
@@ -33,9 +33,11 @@ class PackedModel:
         config = self.config = model.config
         self.dtype = model.dtype
         self.num_threads = num_threads
-        self.embed = model.embed
         self.rotary = model.rotary
         packer = _Packer(model)
+        head = packer.linear(model.lm_head)
+        is_tied = model.embed.weight is model.lm_head.weights[0]
+        self.embed = head.parts[0] if is_tied else packer.matrix(model.embed.weight)
         layers = []
         while model.layers:  # one at a time, so that only one is there in both forms
             layers.append(packer.layer(model.layers.pop(0), config.intermediate_size))
@@ -50,7 +52,7 @@ class PackedModel:
                 activation_bytes,
                 layers,
                 model.norm.weight.float(),
-                packer.linear(model.lm_head),
+                head,
             )
         )
 
@@ -61,10 +63,10 @@ class PackedModel:
         step = DecoderStep(
             inputs.slot_mapping,
             inputs.block_tables.contiguous(),
-            torch.tensor(inputs.query_start),
-            torch.tensor(inputs.context_lens),
+            inputs.query_start,
+            inputs.context_lens,
         )
-        hidden = self.embed(token_ids).float()
+        hidden = unpack(self.embed, token_ids)
         cos_sin = self.rotary(inputs.positions, torch.float32)
         return run_decoder(self.plan, hidden, cos_sin, step, cache, logit_rows, self.num_threads)
 
@@ -74,6 +76,8 @@ class _Packer:
 
     def __init__(self, model: Decoder) -> None:
         weights = [weight for linear in _linears(model) for weight in linear.weights]
+        if model.embed.weight is not model.lm_head.weights[0]:
+            weights.append(model.embed.weight)
         self.memory = WeightMemory(sum(packed_bytes(_format(w), *w.shape) for w in weights))
 
     def layer(self, layer: DecoderLayer, intermediate: int) -> PackedLayer:

@@ -51,19 +51,24 @@ class PackedDecoder:
 
 @dataclass(frozen=True)
 class DecoderStep:
-    """Where a step's tokens live; all int64, contiguous, on the CPU."""
+    """Where a step's tokens live; the tensors are int64, contiguous, on the CPU."""
 
     slots: torch.Tensor  # [num_tokens]
     block_tables: torch.Tensor  # [num_seqs, max_blocks]
-    query_start: torch.Tensor  # [num_seqs + 1]
-    context_lens: torch.Tensor  # [num_seqs]
+    query_start: Sequence[int]  # num_seqs + 1
+    context_lens: Sequence[int]  # num_seqs
 
 
 class DecoderPlan:
-    """The decoder as the compiled op reads it: addresses and sizes. Keeps the weights alive."""
+    """The decoder as the compiled op reads it: addresses and sizes, and the memory its steps work in.
+
+    Keeps the weights alive. One step at a time.
+    """
 
     def __init__(self, model: PackedDecoder) -> None:
         self.model = model
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._room = (0, 0, 0)  # tokens, context and threads the scratch is enough for
         (eps_bits,) = struct.unpack("q", struct.pack("d", model.rms_norm_eps))
         numbers = [model.hidden_size, model.intermediate_size, model.num_heads, model.num_kv_heads]
         numbers += [model.head_dim, eps_bits, model.activation_bytes, len(model.layers)]
@@ -73,6 +78,21 @@ class DecoderPlan:
             numbers += [*_linear(layer.gate), *_linear(layer.up), *_linear(layer.down)]
         numbers += [model.norm.data_ptr(), *_linear(model.head)]
         self.numbers = torch.tensor(numbers, dtype=torch.int64)
+
+    def scratch(self, num_tokens: int, max_context: int, threads: int) -> torch.Tensor:
+        """uint8, 64-byte aligned, enough for such a step; kept from step to step, so that it stays mapped."""
+        wanted = (num_tokens, max_context, threads)
+        if any(want > room for want, room in zip(wanted, self._room, strict=True)):
+            tokens, context, most_threads = self._room
+            self._room = (
+                max(tokens, num_tokens),
+                max(context, 2 * max_context),  # grows with every token
+                max(most_threads, threads),
+            )
+            size = torch.ops.flexjudge.decoder_scratch_bytes(self.numbers, *self._room)
+            memory = torch.empty(size + 64, dtype=torch.uint8)
+            self._scratch = memory[-memory.data_ptr() % 64 :]
+        return self._scratch
 
 
 def run_decoder(
@@ -102,10 +122,11 @@ def run_decoder(
         *cos_sin,
         step.slots,
         step.block_tables,
-        step.query_start,
-        step.context_lens,
+        torch.tensor(step.query_start),
+        torch.tensor(step.context_lens),
         cache,
         logit_rows,
+        plan.scratch(len(hidden), max(step.context_lens), threads),
         threads,
     )
     return out

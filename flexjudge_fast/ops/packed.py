@@ -61,9 +61,7 @@ def pack(
     """
     rows, size = source.shape[0], packed_bytes(format_name, source.shape[0], columns)
     data = torch.empty(size, dtype=torch.uint8) if memory is None else memory.take(size)
-    torch.ops.flexjudge.pack(
-        source.contiguous(), format_name, rows, columns, data, torch.get_num_threads()
-    )
+    torch.ops.flexjudge.pack(source.contiguous(), format_name, rows, columns, data, torch.get_num_threads())
     return PackedMatrix(data, format_name, rows, columns)
 
 

@@ -73,7 +73,7 @@ class AnswerGrammar:
         self.tokenizer = tokenizer
         self.format = answer_format
         self.max_think_tokens = max_think_tokens
-        self.banned = sorted(tokenizer.control_ids - stop_ids)
+        self.banned = tuple(sorted(tokenizer.control_ids - stop_ids))
         parts = answer_format.parts()
         self.first_literal = str(parts[0])
         encode = partial(tokenizer.encode_text, continued=True)
@@ -132,7 +132,7 @@ class AnswerState:
         """The only tokens that may come next; `None` while the model reasons freely."""
         return None if self._node is None else self._options(self._node)
 
-    def banned(self) -> Sequence[int]:
+    def banned(self) -> tuple[int, ...]:
         """Control tokens, which never come while the model reasons freely."""
         return self._grammar.banned
 

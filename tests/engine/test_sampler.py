@@ -7,53 +7,20 @@ import torch
 
 from flexjudge_fast import InvalidArgumentError, SamplingParams
 from flexjudge_fast.engine.random import philox4x32, uniform
-from flexjudge_fast.engine.sampler import log_probs, sample_token, top_log_probs
+from flexjudge_fast.engine.sampler import draw_of, log_probs, sample_among, top_log_probs
+from flexjudge_fast.ops.sample import Draw
 
 
-def reference_support(logits: torch.Tensor, params: SamplingParams) -> set[int]:
-    """What may be drawn, worked out one token at a time in float64."""
-    order = sorted(range(len(logits)), key=lambda i: -float(logits[i]))
-    weights = {i: math.exp((float(logits[i]) - float(logits.max())) / params.temperature) for i in order}
-    kept = order[: params.top_k] if params.top_k else order
-    mass, total, nucleus = 0.0, sum(weights[i] for i in kept), []
-    for i in kept:
-        if mass < params.top_p * total:
-            nucleus.append(i)
-        mass += weights[i]
-    return {i for i in nucleus if weights[i] >= params.min_p * weights[nucleus[0]]}
+def test_parameters_become_a_draw():
+    params = SamplingParams(temperature=0.5, top_k=3, top_p=0.9, min_p=0.1)
+    assert draw_of(params, 4, 0.25) == Draw(4, 3, 0.5, 0.9, 0.1, 0.25)
 
 
-@pytest.mark.parametrize("size", [5, 300, 2000])
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"top_k": 7}, {"top_p": 0.6}, {"min_p": 0.2}, {"top_k": 290, "top_p": 0.9, "min_p": 0.01}],
-)
-@pytest.mark.parametrize("spread", [0.01, 1.0, 5.0])
-def test_support(size, options, spread):
-    logits = torch.randn(size, generator=torch.Generator().manual_seed(size)) * spread
-    params = SamplingParams(temperature=0.7, **options)
-    support = reference_support(logits, params)
-    drawn = {sample_token(logits, params, i / 997) for i in range(997)}
-    assert drawn <= support
-    if len(support) < 8 and spread <= 1:
-        assert drawn == support
-
-
-def test_frequencies():
-    logits = torch.tensor([0.1, 0.4, 0.5]).log()
-    counts = [0, 0, 0]
-    for position in range(20_000):
-        counts[sample_token(logits, SamplingParams(), uniform(1, 2, 3, position))] += 1
-    assert [round(c / 20_000, 1) for c in counts] == [0.1, 0.4, 0.5]
-
-
-def test_greedy_allowed_and_banned():
-    logits = torch.tensor([3.0, 2.0, 1.0, 0.0])
-    greedy = SamplingParams(temperature=0)
-    assert sample_token(logits, greedy, 0) == 0
-    assert sample_token(logits, greedy, 0, allowed=[2, 3]) == 2
-    assert sample_token(logits, greedy, 0, banned=[0, 1]) == 2
-    assert {sample_token(logits, SamplingParams(), i / 50, allowed=[1, 3]) for i in range(50)} == {1, 3}
+def test_sample_among():
+    logits = torch.tensor([[9.0, 9.0, 9.0, 9.0], [3.0, 2.0, 1.0, 0.0]])
+    assert sample_among(logits, draw_of(SamplingParams(temperature=0), 1, 0), [2, 3]) == 2
+    drawn = {sample_among(logits, draw_of(SamplingParams(), 1, i / 50), [1, 3]) for i in range(50)}
+    assert drawn == {1, 3}
 
 
 def test_log_probs():

@@ -18,17 +18,21 @@ inline std::int64_t widest_panel(const Decoder& m) {
   return bytes;
 }
 
+// Up to so many tokens every thread prepares a layer's input for itself, which takes less than a barrier.
+constexpr std::int64_t kOwnInputs = 4;
+
 // Where a step keeps what passes from phase to phase, and what each thread works in.
 struct StepMemory {
   std::uint8_t *acts, *mlp_acts, *attention, *threads;
   float *qkv, *attended, *rows;
-  std::int64_t panel, row;  // bytes of a panel, floats of the longest row
+  std::int64_t own_acts, panel, row;  // bytes of a thread's own inputs and panel, floats of the longest row
 
   StepMemory(const Decoder& m, std::int64_t num_tokens, std::int64_t max_context, int num_threads, Arena& arena) {
     const std::int64_t heads = m.num_heads * m.head_dim, width = std::max(m.hidden, heads);
     panel = widest_panel(m);
     row = align64(width);
-    acts = arena.take<std::uint8_t>(activation_bytes(num_tokens, width, m.terms));
+    own_acts = activation_bytes(std::min(num_tokens, kOwnInputs), width, m.terms);
+    acts = arena.take<std::uint8_t>(std::max(activation_bytes(num_tokens, width, m.terms), num_threads * own_acts));
     mlp_acts = arena.take<std::uint8_t>(activation_bytes(num_tokens, m.intermediate, m.terms));
     qkv = arena.take<float>(num_tokens * m.qkv_rows());
     attended = arena.take<float>(num_tokens * heads);
@@ -46,30 +50,37 @@ class StepRunner {
         scratch_(memory.threads, memory.panel, rank), row_(memory.rows + rank * memory.row) {}
 
   void run() {
-    for (std::int64_t i = 0; i < static_cast<std::int64_t>(m_.layers.size()); ++i) {
-      const Layer& layer = m_.layers[static_cast<std::size_t>(i)];
-      attention_block(layer, i);
-      mlp_block(layer);
+    for (std::size_t i = 0; i < m_.layers.size(); ++i) {
+      attention_block(m_.layers[i], static_cast<std::int64_t>(i));
+      mlp_block(m_.layers[i], i + 1 < m_.layers.size() ? m_.layers[i + 1].qkv : m_.head);
     }
     write_logits();
   }
 
  private:
-  // Norm of `rows` rows of the residual stream, ready for the layers `readers`.
-  Activations norm(const float* weight, std::initializer_list<const Linear*> readers, std::int64_t rows, const std::int64_t* ids) {
-    const Activations x = place_activations(memory_.acts, Forms(readers), rows, m_.hidden, m_.terms);
-    const Share share(rows, rank_, size_);
-    for (std::int64_t t = share.begin; t < share.end; ++t) {
-      rms_norm(step_.hidden + (ids != nullptr ? ids[t] : t) * m_.hidden, weight, m_.eps, m_.hidden, row_);
-      put_activations(x, t, 0, m_.hidden, row_);
-    }
-    team_.barrier();
+  // A layer's input: `row_of(t)` for each of `rows` tokens, quantised as the layers `readers` want it.
+  template <class RowOf>
+  Activations prepare(Forms readers, std::int64_t rows, std::int64_t columns, RowOf row_of) {
+    const bool own = rows <= kOwnInputs;
+    std::uint8_t* memory = memory_.acts + (own ? rank_ * memory_.own_acts : 0);
+    const Activations x = place_activations(memory, readers, rows, columns, m_.terms);
+    const Share share = own ? Share(rows, 0, 1) : Share(rows, rank_, size_);
+    for (std::int64_t t = share.begin; t < share.end; ++t) put_activations(x, t, 0, columns, row_of(t));
+    if (!own) team_.barrier();
     return x;
   }
 
+  Activations norm(const float* weight, Forms readers, std::int64_t rows, const std::int64_t* ids) {
+    return prepare(readers, rows, m_.hidden, [&](std::int64_t t) {
+      rms_norm(step_.hidden + (ids != nullptr ? ids[t] : t) * m_.hidden, weight, m_.eps, m_.hidden, row_);
+      return row_;
+    });
+  }
+
   void attention_block(const Layer& layer, std::int64_t index) {
-    const Activations x = norm(layer.input_norm, {&layer.qkv}, step_.num_tokens, nullptr);
+    const Activations x = norm(layer.input_norm, Forms({&layer.qkv}), step_.num_tokens, nullptr);
     apply_linear<false>(layer.qkv, x, memory_.qkv, m_.qkv_rows(), scratch_, rank_, size_);
+    warm(layer.out, rank_, size_);
     team_.barrier();
     rotate_and_store(index);
     team_.barrier();
@@ -77,11 +88,10 @@ class StepRunner {
     attend_any({shape, memory_.qkv, m_.qkv_rows(), step_.cache, index, step_.sequences, memory_.attended}, memory_.attention, team_, rank_);
     team_.barrier();
     const std::int64_t width = m_.num_heads * m_.head_dim;
-    const Activations y = place_activations(memory_.acts, Forms({&layer.out}), step_.num_tokens, width, m_.terms);
-    const Share share(step_.num_tokens, rank_, size_);
-    for (std::int64_t t = share.begin; t < share.end; ++t) put_activations(y, t, 0, width, memory_.attended + t * width);
-    team_.barrier();
+    const Activations y = prepare(Forms({&layer.out}), step_.num_tokens, width, [&](std::int64_t t) { return memory_.attended + t * width; });
     apply_linear<true>(layer.out, y, step_.hidden, m_.hidden, scratch_, rank_, size_);
+    warm(layer.gate, rank_, size_);
+    warm(layer.up, rank_, size_);
     team_.barrier();
   }
 
@@ -119,8 +129,8 @@ class StepRunner {
     }
   }
 
-  void mlp_block(const Layer& layer) {
-    const Activations x = norm(layer.post_norm, {&layer.gate, &layer.up}, step_.num_tokens, nullptr);
+  void mlp_block(const Layer& layer, const Linear& next) {
+    const Activations x = norm(layer.post_norm, Forms({&layer.gate, &layer.up}), step_.num_tokens, nullptr);
     const Activations y = place_activations(memory_.mlp_acts, Forms({&layer.down}), step_.num_tokens, m_.intermediate, m_.terms);
     const std::int64_t at_once = tiles_at_once(x);
     const Share share((m_.intermediate + kGroup - 1) / kGroup, rank_, size_);
@@ -128,8 +138,10 @@ class StepRunner {
       const TileRange tokens{tile, std::min(tile + at_once, x.num_tiles())};
       for (std::int64_t g = share.begin; g < share.end; ++g) gated_group(layer, x, y, tokens, g);
     }
+    warm(layer.down, rank_, size_);
     team_.barrier();
     apply_linear<true>(layer.down, y, step_.hidden, m_.hidden, scratch_, rank_, size_);
+    warm(next, rank_, size_);
     team_.barrier();
   }
 
@@ -163,7 +175,7 @@ class StepRunner {
 
   void write_logits() {
     if (step_.num_rows == 0) return;
-    const Activations x = norm(m_.norm, {&m_.head}, step_.num_rows, step_.logit_rows);
+    const Activations x = norm(m_.norm, Forms({&m_.head}), step_.num_rows, step_.logit_rows);
     apply_linear<false>(m_.head, x, step_.logits, m_.head.rows(), scratch_, rank_, size_);
   }
 

@@ -414,6 +414,17 @@ void for_row_blocks(const Linear& w, int rank, int size, Visit visit) {
   }
 }
 
+// Fetches the beginning of the rank's share into the L2 cache, where the processor waits for others anyway: a row
+// block's own fetching ahead starts only when its first tile is read.
+inline void warm(const Linear& w, int rank, int size) {
+  bool is_first = true;
+  for_row_blocks(w, rank, size, [&](const Matrix& part, std::int64_t block, std::int64_t) {
+    if (!std::exchange(is_first, false)) return;
+    const std::uint8_t* from = part.data + block * part.layout.block_bytes();
+    for (std::int64_t line = 0; line < kFarAhead; line += 64) __builtin_prefetch(from + line, 0, 2);
+  });
+}
+
 // out [num_tokens, stride] (=, or += where kAdd) layer(x) + bias. Ends without a barrier.
 template <bool kAdd>
 void apply_linear(const Linear& w, const Activations& x, float* out, std::int64_t stride, ThreadScratch scratch, int rank, int size) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "decoder.h"
+#include "sampler.h"
 
 namespace flexjudge {
 
@@ -14,6 +15,8 @@ const Kernels FJ_TABLE = {
     FJ_ISA::attention_scratch_bytes,
     FJ_ISA::decoder,
     FJ_ISA::decoder_scratch_bytes,
+    FJ_ISA::all_finite,
+    FJ_ISA::draw_token,
 };
 
 }  // namespace flexjudge

@@ -90,8 +90,20 @@ struct Step {
   float* logits;                   // [num_rows, vocab]
 };
 
-// The kernels of one instruction set. All but `quantize` are called by every rank of a team, with the same
-// arguments, and use `scratch`: `*_scratch_bytes` bytes, 64-byte aligned, shared by the team.
+// How one token is drawn from the logits of `row`; see `ops/sample.py`. Temperature 0 is greedy.
+struct Draw {
+  std::int64_t row, top_k;
+  double temperature, top_p, min_p, uniform;
+};
+
+// Tokens that no draw may give.
+struct Banned {
+  const std::int64_t* ids;
+  std::int64_t count;
+};
+
+// The kernels of one instruction set. Those with a team are called by each of its ranks, with the same arguments,
+// and use `scratch`: `*_scratch_bytes` bytes, 64-byte aligned, shared by the team.
 struct Kernels {
   const char* isa;
   // out [num_tokens, rows of all parts] = x [num_tokens, columns] times the parts, plus the bias.
@@ -105,6 +117,8 @@ struct Kernels {
   void (*decoder)(const Decoder& model, const Step& step, std::uint8_t* scratch, Team& team, int rank);
   std::int64_t (*decoder_scratch_bytes)(const Decoder& model, std::int64_t num_tokens, std::int64_t max_context,
                                         int threads);
+  bool (*all_finite)(const float* row, std::int64_t size);
+  std::int64_t (*draw_token)(const float* row, std::int64_t size, const Banned& banned, const Draw& draw);
 };
 
 // The best kernels that this processor runs where `name` is null or empty, else those called "scalar", "avx2" or

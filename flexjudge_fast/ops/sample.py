@@ -1,0 +1,80 @@
+"""Draws tokens from rows of logits, and tells which rows are finite."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from flexjudge_fast.ops.backend import has_compiled_ops
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One token wanted from a row of logits.
+
+    `uniform` in [0, 1) picks it; temperature 0 is greedy and reads nothing else. `top_k` 0 keeps all.
+    """
+
+    row: int
+    top_k: int
+    temperature: float
+    top_p: float
+    min_p: float
+    uniform: float
+
+
+def sample_tokens(
+    logits: torch.Tensor, draws: Sequence[Draw], banned: Sequence[int], threads: int
+) -> list[int]:
+    """One token id per draw.
+
+    The token is the first at which the running sum of probabilities exceeds `uniform` of their total: in
+    order of ids, or likeliest first where top-k, then top-p, then min-p leave some out.
+
+    Args:
+        logits: [num_rows, vocab_size] float32, finite.
+        banned: ids no draw may give.
+        threads: of the compiled op.
+    """
+    if logits.device.type == "cpu" and has_compiled_ops():
+        wanted = [(d.row, d.top_k, d.temperature, d.top_p, d.min_p, d.uniform) for d in draws]
+        numbers = torch.tensor(wanted, dtype=torch.float64).reshape(-1, 6)
+        ids = torch.tensor(banned, dtype=torch.int64)
+        found: list[int] = torch.ops.flexjudge.sample_tokens(logits, numbers, ids, threads).tolist()
+        return found
+    return [sample_reference(logits[draw.row], draw, banned) for draw in draws]
+
+
+def sample_reference(row: torch.Tensor, draw: Draw, banned: Sequence[int] = ()) -> int:
+    """`sample_tokens` for one row [vocab_size], in float64."""
+    row = row.double()
+    row[torch.as_tensor(banned, dtype=torch.int64, device=row.device)] = -torch.inf
+    if draw.temperature == 0:
+        return int((row == row.max()).nonzero()[0])
+    probs = torch.softmax(row / draw.temperature, dim=-1)
+    ids = torch.arange(len(probs), device=row.device)
+    if draw.top_k or draw.top_p < 1 or draw.min_p > 0:
+        probs, ids = _truncate(*probs.sort(descending=True, stable=True), draw)
+    cumulative = probs.cumsum(0)
+    index = int(torch.searchsorted(cumulative, draw.uniform * float(cumulative[-1]), right=True))
+    return int(ids[min(index, len(ids) - 1)])
+
+
+def _truncate(probs: torch.Tensor, ids: torch.Tensor, draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
+    """top-k, then top-p over what is left, then min-p; `probs` is sorted."""
+    kept = min(draw.top_k or len(probs), len(probs))
+    probs, ids = probs[:kept], ids[:kept]
+    before = probs.cumsum(0) - probs  # probability of everything likelier
+    keep = (before < draw.top_p * probs.sum()) | (draw.top_p >= 1)
+    keep &= probs >= draw.min_p * probs[0]
+    return probs[keep], ids[keep]
+
+
+def finite_rows(logits: torch.Tensor, threads: int) -> list[bool]:
+    """Which rows hold neither NaN nor infinity. logits: [num_rows, vocab_size] float32."""
+    if logits.device.type == "cpu" and has_compiled_ops():
+        finite = torch.ops.flexjudge.finite_rows(logits, threads)
+    else:
+        finite = torch.isfinite(logits).all(dim=-1)
+    rows: list[bool] = finite.tolist()
+    return rows
