@@ -1,6 +1,8 @@
 """Builds csrc/ into flexjudge_fast/_C.so: a plain shared library that torch loads, no Python in it."""
 
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -26,6 +28,18 @@ class BuildOps(build_ext):
         except Exception as error:  # no compiler, or one that is too old
             self._leave_out(str(error))
 
+    def build_extension(self, ext: Extension) -> None:
+        """As setuptools does, but the files are compiled side by side."""
+        compile_some = self.compiler.compile
+
+        def compile_all(sources: list[str], *args: object, **kwargs: object) -> list[str]:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = pool.map(lambda source: compile_some([source], *args, **kwargs), sources)
+                return [name for found in objects for name in found]
+
+        self.compiler.compile = compile_all
+        super().build_extension(ext)
+
     def _leave_out(self, reason: str) -> None:
         self.extensions.clear()
         print(f"flexjudge_fast: compiled CPU ops left out: {reason}", file=sys.stderr)
@@ -47,6 +61,7 @@ setup(
             extra_compile_args=[
                 "-std=c++20",
                 "-O3",
+                "-g0",  # debug information of the kernels takes longer than the kernels
                 "-ffp-contract=off",
                 "-fvisibility=hidden",
                 "-Wall",
