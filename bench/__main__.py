@@ -1,4 +1,4 @@
-"""`python -m bench`: prefill and decode against llama.cpp, in turns, with the machine's ceilings beside them."""
+"""`python -m bench`: prefill and decode in turns with llama.cpp, beside what the machine allows."""
 
 import argparse
 import json

@@ -3,6 +3,7 @@
 import ctypes
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,8 @@ class LlamaCpp:
     def __init__(self, model: Path, label: str, threads: int) -> None:
         llama = self._llama = _library()
         self.name = f"llama.cpp, {label}"
-        llama.llama_log_set(_quiet(llama), None)
+        self._quiet = llama.llama_log_callback(lambda level, text, data: None)  # kept: the library calls it
+        llama.llama_log_set(self._quiet, None)
         llama.llama_backend_init()
         self._model = llama.llama_model_load_from_file(
             str(model).encode(), llama.llama_model_default_params()
@@ -90,17 +92,9 @@ def requantised(model: Path, ftype: int, label: str) -> Path:
     return out
 
 
-def _library():  # noqa: ANN202, a module with no types of its own
+def _library() -> Any:  # the module has no types of its own
     try:
         import llama_cpp
     except ImportError as error:
         raise MissingError("llama-cpp-python is not installed (pip install llama-cpp-python)") from error
     return llama_cpp
-
-
-_callbacks: list[object] = []
-
-
-def _quiet(llama):  # noqa: ANN001, ANN202
-    _callbacks.append(llama.llama_log_callback(lambda level, text, data: None))  # must outlive the library
-    return _callbacks[-1]
