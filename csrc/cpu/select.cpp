@@ -38,10 +38,4 @@ const Kernels* find_kernels(const char* name) {
   return nullptr;
 }
 
-std::int64_t Linear::rows() const {
-  std::int64_t total = 0;
-  for (const Matrix& part : parts) total += part.rows;
-  return total;
-}
-
 }  // namespace flexjudge

@@ -10,20 +10,33 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SANITIZED = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+THREADS = ["-O1", "-g", "-fsanitize=thread"]
 
 
-@pytest.mark.parametrize("flags", [SANITIZED, ["-O3"]], ids=["sanitized", "shipped"])
-def test_standalone(flags, tmp_path):
-    """`-O3` runs the build for this machine's instruction set, the sanitized one the plain build."""
+def run_standalone(test: str, sources: list[str], flags: list[str], folder: Path) -> None:
+    """Compile csrc/tests/`test`.cpp with `sources` of csrc/cpu and run it."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         pytest.skip("there is no C++ compiler here")
-    program = tmp_path / "test_dequantize"
-    sources = [ROOT / "csrc/tests/test_dequantize.cpp", ROOT / "csrc/cpu/dequantize.cpp"]
-    common = ["-std=c++20", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc/include'}"]
-    subprocess.run([compiler, *common, *flags, *sources, "-o", program], check=True)
-    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    files = [ROOT / f"csrc/tests/{test}.cpp", *(ROOT / "csrc/cpu" / name for name in sources)]
+    common = ["-std=c++20", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-psabi", "-Werror", "-pthread"]
+    command = [compiler, *common, f"-I{ROOT / 'csrc/include'}", *flags, *files, "-o", folder / test]
+    subprocess.run(command, check=True)
+    done = subprocess.run([folder / test], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
+
+
+@pytest.mark.parametrize("flags", [SANITIZED, ["-O3"]], ids=["sanitized", "shipped"])
+def test_dequantize(flags, tmp_path):
+    """`-O3` runs the build for this machine's instruction set, the sanitized one the plain build."""
+    run_standalone("test_dequantize", ["dequantize.cpp"], flags, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [SANITIZED, THREADS], ids=["sanitized", "threads"])
+def test_kernels(flags, tmp_path):
+    """The scalar kernels and the thread pool: memory and arithmetic, then races."""
+    run_standalone("test_kernels", ["pack.cpp", "thread_pool.cpp", "isa/scalar.cpp"], flags, tmp_path)
 
 
 def test_build_without_a_compiler(tmp_path):

@@ -24,7 +24,11 @@ struct Linear {
   std::vector<Matrix> parts;
   const float* bias = nullptr;
 
-  std::int64_t rows() const;
+  std::int64_t rows() const {
+    std::int64_t total = 0;
+    for (const Matrix& part : parts) total += part.rows;
+    return total;
+  }
   std::int64_t columns() const { return parts.front().columns; }
 };
 
