@@ -55,6 +55,15 @@ const flexjudge::FormatInfo& format_of(const std::string& name) {
   return *found;
 }
 
+// Calls `work(i)` for i below `count`, spread over the threads.
+template <class Work>
+void for_each(int64_t count, int64_t threads, Work work) {
+  flexjudge::run_team(static_cast<int>(std::min(count, threads)), [&](flexjudge::Team& team, int rank) {
+    const flexjudge::Share share(count, rank, team.size());
+    for (int64_t i = share.begin; i < share.end; ++i) work(i);
+  });
+}
+
 int64_t packed_bytes(const std::string& format_name, int64_t rows, int64_t columns) {
   return flexjudge::packed_layout(format_of(format_name), rows, columns).bytes();
 }
@@ -68,10 +77,7 @@ void pack(const Tensor& source, const std::string& format_name, int64_t rows, in
   const auto layout = flexjudge::packed_layout(format, rows, columns);
   check(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() && packed.numel() == layout.bytes(), "pack: wrong output size");
   const auto* from = static_cast<const uint8_t*>(source.const_data_ptr());
-  flexjudge::run_team(static_cast<int>(threads), [&](flexjudge::Team& team, int rank) {
-    const flexjudge::Share share(layout.row_blocks, rank, team.size());
-    flexjudge::pack_rows(format, from, rows, columns, share.begin, share.end, data<uint8_t>(packed));
-  });
+  for_each(layout.row_blocks, threads, [&](int64_t i) { flexjudge::pack_rows(format, from, rows, columns, i, i + 1, data<uint8_t>(packed)); });
 }
 
 // ids: int64 [n]. Returns float32 [n, columns].
@@ -249,15 +255,6 @@ int64_t decoder_scratch_bytes(const Tensor& plan, int64_t num_tokens, int64_t ma
   return kernels().decoder_scratch_bytes(PlanReader(plan).decoder(), num_tokens, max_context, static_cast<int>(threads));
 }
 
-// Calls `work(i)` for i below `count`, spread over the threads.
-template <class Work>
-void for_each(int64_t count, int64_t threads, Work work) {
-  flexjudge::run_team(static_cast<int>(std::min(count, threads)), [&](flexjudge::Team& team, int rank) {
-    const flexjudge::Share share(count, rank, team.size());
-    for (int64_t i = share.begin; i < share.end; ++i) work(i);
-  });
-}
-
 void check_logits(const Tensor& logits) {
   check(logits.scalar_type() == ScalarType::Float && logits.dim() == 2 && logits.is_contiguous(), "logits must be contiguous float32 [num_rows, vocab]");
 }
@@ -286,8 +283,9 @@ Tensor sample_tokens(const Tensor& logits, const Tensor& draws, const Tensor& ba
   const auto* rows = static_cast<const float*>(logits.const_data_ptr());
   for_each(count, threads, [&](int64_t i) {
     const double* d = numbers + 6 * i;
-    const flexjudge::Draw draw{static_cast<int64_t>(d[0]), static_cast<int64_t>(d[1]), d[2], d[3], d[4], d[5]};
-    data<int64_t>(out)[i] = k.draw_token(rows + draw.row * size, size, no, draw);
+    const auto row = static_cast<int64_t>(d[0]);
+    const flexjudge::Draw draw{static_cast<int64_t>(d[1]), d[2], d[3], d[4], d[5]};
+    data<int64_t>(out)[i] = k.draw_token(rows + row * size, size, no, draw);
   });
   return out;
 }

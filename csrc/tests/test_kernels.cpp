@@ -3,7 +3,6 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <memory>
 #include <random>
 #include <vector>
 
@@ -98,7 +97,7 @@ void test_draws() {
     for (float& v : row) v = static_cast<float>(random_bits() % 1000) / 100.0f;
     expect(kernels_scalar.all_finite(row.data(), size), "finite");
     const std::int64_t banned = 0;
-    for (const Draw& draw : {Draw{0, 0, 0, 1, 0, 0}, Draw{0, 0, 1, 1, 0, 0.99}, Draw{0, 3, 1, 0.5, 0.1, 0.5}, Draw{0, 0, 0.1, 0.9, 0, 0.999}}) {
+    for (const Draw& draw : {Draw{0, 0, 1, 0, 0}, Draw{0, 1, 1, 0, 0.99}, Draw{3, 1, 0.5, 0.1, 0.5}, Draw{0, 0.1, 0.9, 0, 0.999}}) {
       const std::int64_t id = kernels_scalar.draw_token(row.data(), size, {&banned, size > 1 ? 1 : 0}, draw);
       expect(id >= (size > 1 ? 1 : 0) && id < size, "a drawn id");
     }

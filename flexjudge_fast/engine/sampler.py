@@ -1,7 +1,6 @@
 """Turns sampling parameters into draws, and reads log-probabilities off a row of logits."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
@@ -17,7 +16,7 @@ def draw_of(params: SamplingParams, row: int, uniform: float) -> Draw:
 def sample_among(logits: torch.Tensor, draw: Draw, allowed: Sequence[int]) -> int:
     """Pick one of a few ids. logits: [num_rows, vocab_size]."""
     choices = torch.as_tensor(allowed, device=logits.device)
-    return int(choices[sample_reference(logits[draw.row][choices], replace(draw, row=0))])
+    return int(choices[sample_reference(logits[draw.row][choices], draw)])
 
 
 def log_probs(logits: torch.Tensor, ids: Sequence[int]) -> list[float]:

@@ -36,8 +36,7 @@ class PackedModel:
         self.rotary = model.rotary
         packer = _Packer(model)
         head = packer.linear(model.lm_head)
-        is_tied = model.embed.weight is model.lm_head.weights[0]
-        self.embed = head.parts[0] if is_tied else packer.matrix(model.embed.weight)
+        self.embed = head.parts[0] if config.tie_word_embeddings else packer.matrix(model.embed.weight)
         layers = []
         while model.layers:  # one at a time, so that only one is there in both forms
             layers.append(packer.layer(model.layers.pop(0), config.intermediate_size))
@@ -76,7 +75,7 @@ class _Packer:
 
     def __init__(self, model: Decoder) -> None:
         weights = [weight for linear in _linears(model) for weight in linear.weights]
-        if model.embed.weight is not model.lm_head.weights[0]:
+        if not model.config.tie_word_embeddings:
             weights.append(model.embed.weight)
         self.memory = WeightMemory(sum(packed_bytes(_format(w), *w.shape) for w in weights))
 

@@ -119,12 +119,17 @@ inline std::vector<Candidate> likeliest_first(const Weights& weights, const Draw
   return found;
 }
 
+inline double mass(const std::vector<Candidate>& candidates) {
+  double total = 0;
+  for (const Candidate& c : candidates) total += static_cast<double>(c.weight);
+  return total;
+}
+
 // top-k, then top-p over what is left, then min-p; `found` is sorted.
 inline void truncate(std::vector<Candidate>& found, double total, const Draw& draw) {
-  if (draw.top_k > 0 && static_cast<std::int64_t>(found.size()) > draw.top_k) found.resize(static_cast<std::size_t>(draw.top_k));
   if (draw.top_k > 0) {
-    total = 0;
-    for (const Candidate& c : found) total += static_cast<double>(c.weight);
+    found.resize(std::min(found.size(), static_cast<std::size_t>(draw.top_k)));
+    total = mass(found);
   }
   std::size_t kept = 0;
   for (double before = 0; kept < found.size() && (draw.top_p >= 1 || before < draw.top_p * total); ++kept) {
@@ -142,11 +147,11 @@ inline std::int64_t draw_token(const float* row, std::int64_t size, const Banned
   if (draw.top_k == 0 && draw.top_p >= 1 && draw.min_p == 0) return weights.pick(draw.uniform);
   std::vector<Candidate> found = likeliest_first(weights, draw);
   truncate(found, weights.total(), draw);
-  double total = 0, before = 0;
-  for (const Candidate& c : found) total += static_cast<double>(c.weight);
+  const double target = draw.uniform * mass(found);
+  double before = 0;
   for (const Candidate& c : found) {
     before += static_cast<double>(c.weight);
-    if (before > draw.uniform * total) return c.id;
+    if (before > target) return c.id;
   }
   return found.back().id;
 }

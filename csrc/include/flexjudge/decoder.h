@@ -94,9 +94,9 @@ struct Step {
   float* logits;                   // [num_rows, vocab]
 };
 
-// How one token is drawn from the logits of `row`; see `ops/sample.py`. Temperature 0 is greedy.
+// How one token is drawn from a row of logits; see `ops/sample.py`. Temperature 0 is greedy.
 struct Draw {
-  std::int64_t row, top_k;
+  std::int64_t top_k;
   double temperature, top_p, min_p, uniform;
 };
 
