@@ -1,34 +1,68 @@
-"""Compiles and runs ceilings.cpp: what this machine can read and multiply."""
+"""The machine's ceilings: compiles ceilings.cpp and asks it, between the engines' turns."""
 
 import shutil
 import subprocess
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+from bench.engines import MissingError
 
 SOURCE = Path(__file__).with_name("ceilings.cpp")
+KINDS = {"read": "GB/s", "int8": "GOP/s", "bf16": "GFLOP/s", "fp32": "GFLOP/s"}
 
 
-@dataclass(frozen=True)
 class Ceilings:
-    """GB/s of reads and GOP/s of byte products (`vpdpbusd`), on all threads together."""
+    """A running ceilings program that holds `num_bytes` on huge pages; idle between questions.
 
-    read: float
-    int8: float
+    Reads below the size of the last-level cache are answered from it in part, as a model's would be.
+    """
 
-
-def measure(threads: int, num_bytes: int) -> Ceilings | str:
-    """The ceilings for `num_bytes` of weights, or why they cannot be measured here."""
-    if shutil.which("g++") is None:
-        return "no g++"
-    if "avx512_vnni" not in Path("/proc/cpuinfo").read_text():
-        return "the processor has no AVX-512 VNNI"
-    with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder, "ceilings")
-        flags = ["-std=c++20", "-O3", "-march=native", "-pthread"]
-        subprocess.run(["g++", *flags, str(SOURCE), "-o", str(program)], check=True)
-        out = subprocess.run(
-            [program, str(threads), str(num_bytes)], check=True, capture_output=True, text=True
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes = min(num_bytes, psutil.virtual_memory().available // 4)
+        self._folder = tempfile.TemporaryDirectory()
+        program = Path(self._folder.name, "ceilings")
+        _compile(program)
+        self._process = subprocess.Popen(
+            [program, str(self.num_bytes)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-    read, int8 = map(float, out.stdout.split())
-    return Ceilings(read, int8)
+
+    def measure(self, kind: str, threads: int) -> float:
+        """GB/s of "read", giga-operations a second of "int8", "bf16" or "fp32".
+
+        Raises:
+            MissingError: the processor or the compiler lacks the instruction, or the program ended.
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(f"{kind} {threads}\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline().strip()
+        if not line or line.startswith("missing"):
+            raise MissingError(line.removeprefix("missing ") or "the ceilings program ended")
+        return float(line)
+
+    def close(self) -> None:
+        """End the program and give its memory back."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        self._process.wait()
+        self._folder.cleanup()
+
+    def __enter__(self) -> "Ceilings":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _compile(program: Path) -> None:
+    if shutil.which("g++") is None:
+        raise MissingError("no g++ to compile bench/ceilings.cpp")
+    flags = ["-std=c++20", "-O3", "-march=native", "-pthread"]
+    done = subprocess.run(["g++", *flags, str(SOURCE), "-o", str(program)], capture_output=True, text=True)
+    if done.returncode:
+        raise MissingError(f"g++ cannot compile bench/ceilings.cpp: {done.stderr.strip().splitlines()[0]}")

@@ -1,0 +1,130 @@
+"""The models measured, the engines that measure them, and the tasks."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from bench.ceilings import Ceilings
+from bench.engines import MissingError, Peer
+from bench.engines.hf import Transformers
+from bench.engines.llama_cpp import Q4_0, LlamaCpp, requantised
+from bench.engines.openvino import OpenVino
+from bench.engines.ours import Ours
+from bench.models import model_cost
+from bench.rounds import Probe, Row, Task, in_turns, open_all
+from bench.seven_b import seven_b
+from flexjudge_fast.cli import default_model
+
+QWEN_15B = "qwen2.5-1.5b-q4_k_m.gguf"
+READ, INT8, ROOFLINE = "ceiling: reads GB/s", "ceiling: int8 GOP/s", "ceiling"
+Makers = list[tuple[str, Callable[[], Peer]]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured."""
+
+    threads: int = 2
+    rounds: int = 3
+    tokens: int = 128
+    most_seconds: float = 3.0  # of one decode; slower engines decode fewer steps
+    quick: bool = False
+
+
+def find_model(name: str) -> Path:
+    """A model of this file name, in the cache of models or in /work/models."""
+    for folder in (Path.home() / ".cache" / "flexjudge" / "models", Path("/work/models")):
+        if (folder / name).exists():
+            return folder / name
+    raise MissingError(f"{name} is not in ~/.cache/flexjudge/models")
+
+
+def smollm2(plan: Plan) -> list[Row]:
+    """SmolLM2-135M as shipped: prefill 512, decode 128 at batch 1, 4, 8 and 16."""
+    model = Path(default_model())
+    batches = [1, 8] if plan.quick else [1, 4, 8, 16]
+    tasks = [Task(0, 512), *(Task(batch, plan.tokens) for batch in batches)]
+    return measure("smollm2", model, _ours(model, plan) + _peers(model, plan), tasks, plan)
+
+
+def qwen(plan: Plan) -> list[Row]:
+    """Qwen2.5-1.5B Q4_K_M: prefill 256, decode at batch 1 and 8."""
+    model = find_model(QWEN_15B)
+    tasks = [Task(0, 256), Task(1, plan.tokens), Task(8, plan.tokens)]
+    return measure("qwen", model, _ours(model, plan) + _peers(model, plan), tasks, plan)
+
+
+def seven(plan: Plan) -> list[Row]:
+    """The 7B shape. Our two settings do not fit in memory together: each takes turns with llama.cpp."""
+    if plan.quick:
+        raise MissingError("left out by --quick")
+    model = seven_b(find_model(QWEN_15B))
+    tasks = [Task(0, 128), Task(1, plan.tokens), Task(8, plan.tokens)]
+    rows: list[Row] = []
+    for activations, *mine in _ours(model, plan):
+        makers: Makers = [
+            (activations, mine[0]),
+            ("llama.cpp", lambda: LlamaCpp(model, f"beside {activations}", plan.threads)),
+        ]
+        found = measure(f"7b, {activations}", model, makers, tasks, replace(plan, most_seconds=6.0))
+        rows += [replace(row, part="7b", engine=_beside(row.engine, activations)) for row in found]
+    return rows + [
+        Row("7b", name, "all", missing="left out: with 4.3 GB of 4-bit weights or 15 GB in bf16 it does not fit "
+            "beside the others")
+        for name in ("transformers bf16", "OpenVINO GenAI")
+    ]
+
+
+def _beside(engine: str, activations: str) -> str:
+    return f"{engine} (beside {activations})" if engine.startswith("ceiling") else engine
+
+
+def _ours(model: Path, plan: Plan) -> Makers:
+    return [
+        ("ours, int16", lambda: Ours(model, "int16", plan.threads)),
+        ("ours, int8", lambda: Ours(model, "int8", plan.threads)),
+    ]
+
+
+def _peers(model: Path, plan: Plan) -> Makers:
+    threads = plan.threads
+    return [
+        ("llama.cpp, the same file", lambda: LlamaCpp(model, "the same file", threads)),
+        ("llama.cpp, Q4_0", lambda: LlamaCpp(requantised(model, Q4_0, "Q4_0"), "Q4_0", threads)),
+        ("OpenVINO GenAI, the same file", lambda: OpenVino(model, "the same file", threads)),
+        ("OpenVINO GenAI, Q4_0", lambda: OpenVino(requantised(model, Q4_0, "Q4_0"), "Q4_0", threads)),
+        ("transformers bf16", lambda: Transformers(model, threads)),
+    ]
+
+
+def measure(part: str, model: Path, makers: Makers, tasks: Sequence[Task], plan: Plan) -> list[Row]:
+    """Every engine in turns, and the machine's ceilings between them."""
+    cost = model_cost(model)
+    peers, rows = open_all(makers, part)
+    try:
+        ceilings = Ceilings(cost.read_bytes)
+    except MissingError as error:
+        rows.append(Row(part, ROOFLINE, "all", missing=str(error)))
+        return rows + in_turns(part, peers, tasks, plan.rounds, {}, plan.most_seconds)
+    finally_close = [*peers, ceilings]
+    try:
+        probes: dict[str, Probe] = {}
+        for name, kind in ((READ, "read"), (INT8, "int8")):
+            try:
+                ceilings.measure(kind, plan.threads)
+                probes[name] = lambda kind=kind: ceilings.measure(kind, plan.threads)  # type: ignore[misc]
+            except MissingError as error:
+                rows.append(Row(part, name, "all", missing=str(error)))
+        rows += in_turns(part, peers, tasks, plan.rounds, probes, plan.most_seconds)
+    finally:
+        for opened in finally_close:
+            opened.close()
+    if READ not in probes or INT8 not in probes:
+        return rows
+    for task in tasks:
+        read, int8 = (next(r for r in rows if r.engine == n and r.task == task.name) for n in (READ, INT8))
+        pairs = zip(read.samples, int8.samples, strict=True)
+        count = task.batch or task.num_tokens
+        samples = tuple(count / cost.seconds(task.batch, task.num_tokens, *pair) for pair in pairs)
+        rows.append(Row(part, ROOFLINE, task.name, samples=samples))
+    return rows
