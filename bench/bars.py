@@ -57,7 +57,12 @@ def _bars(rows: Sequence[Row], setting: str) -> list[Bar]:
     one, eight = "decode, batch 1", "decode, batch 8"
     small = Medians(rows, "smollm2")
     for label in ("the same file", "Q4_0"):
-        bar(f"SmolLM2 decode: llama.cpp, {label}", 2.0, small.of(ours, one), small.of(f"llama.cpp, {label}", one))
+        bar(
+            f"SmolLM2 decode: llama.cpp, {label}",
+            2.0,
+            small.of(ours, one),
+            small.of(f"llama.cpp, {label}", one),
+        )
     bar("SmolLM2 decode: share of the read roofline", 0.7, small.of(ours, one), small.of("ceiling", one))
     bar("SmolLM2 batch 8: our own batch 1", 4.0, small.of(ours, eight), small.of(ours, one))
     for label in ("the same file", "Q4_0"):
@@ -75,13 +80,21 @@ def _bars(rows: Sequence[Row], setting: str) -> list[Bar]:
     bar("1.5B batch 8: llama.cpp", 2.5, large.of(ours, eight), large.of(same, eight))
 
     seven, beside = Medians(rows, "7b"), f"llama.cpp, beside {ours}"
-    bar("7B decode: share of the read roofline", 0.85, seven.of(ours, one), seven.of(f"ceiling (beside {ours})", one))
+    bar(
+        "7B decode: share of the read roofline",
+        0.85,
+        seven.of(ours, one),
+        seven.of(f"ceiling (beside {ours})", one),
+    )
     bar("7B decode: llama.cpp", 1.0, seven.of(ours, one), seven.of(beside, one))
     bar("7B prefill: llama.cpp", 2.0, seven.of(ours, "prefill 128"), seven.of(beside, "prefill 128"))
     bar("7B batch 8: our own batch 1", 5.0, seven.of(ours, eight), seven.of(ours, one))
 
     for part, label in (("judge smollm2", "SmolLM2"), ("judge qwen", "1.5B")):
         judge = Medians(rows, part)
-        mine, alone = judge.of(ours, "the judge's work"), judge.of("llama.cpp, vote by vote", "the judge's work")
+        mine, alone = (
+            judge.of(ours, "the judge's work"),
+            judge.of("llama.cpp, vote by vote", "the judge's work"),
+        )
         bar(f"the judge's work, {label}: llama.cpp vote by vote", 5.0, mine, alone)
     return out

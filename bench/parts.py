@@ -69,8 +69,13 @@ def seven(plan: Plan) -> list[Row]:
         found = measure(f"7b, {activations}", model, makers, tasks, replace(plan, most_seconds=6.0))
         rows += [replace(row, part="7b", engine=_beside(row.engine, activations)) for row in found]
     return rows + [
-        Row("7b", name, "all", missing="left out: with 4.3 GB of 4-bit weights or 15 GB in bf16 it does not fit "
-            "beside the others")
+        Row(
+            "7b",
+            name,
+            "all",
+            missing="left out: with 4.3 GB of 4-bit weights or 15 GB in bf16 it does not fit "
+            "beside the others",
+        )
         for name in ("transformers bf16", "OpenVINO GenAI")
     ]
 
