@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -104,7 +105,7 @@ def main() -> None:
     plan = Plan(args.threads, args.rounds, args.tokens)
     if args.quick:
         plan = Plan(args.threads, 2, 32, most_seconds=1.0, quick=True)
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=160)
     found = Found()
     for name in wanted:
         start = time.perf_counter()

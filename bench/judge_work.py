@@ -8,8 +8,8 @@ that ours made, and draws as many tokens for each vote as ours did, in two ways:
 - sixteen votes side by side through the low-level API: the prompt of four requests is computed once each,
   from the longest prefix any of them shares, copied to four sequences each, and all are decoded in one batch.
 
-Both start with the rubric in the cache, and get the grammar's opening as part of the prompt. They take part of
-the pairs in each round, another part in the next, and are compared by generated tokens a second.
+Both start with the rubric in the cache, and get the grammar's opening as part of the prompt. They take
+some of the pairs in each round, others in the next, and are compared by generated tokens a second.
 """
 
 import time

@@ -6,8 +6,8 @@ RUBRIC = (
     "it depends on? Then clarity: is it in a sensible order, free of padding, and can a reader act on it "
     "without asking again? Give credit for naming the limits of an advice and for saying what is not known. "
     "Take points away for invented sources, for flattery, for repeating the question and for moralising. "
-    "An answer that refuses without need scores at most 3; one that is dangerous to follow scores 1. Language "
-    "mistakes count only where they hide the meaning."
+    "An answer that refuses without need scores at most 3; one that is dangerous to follow scores 1. "
+    "Language mistakes count only where they hide the meaning."
 )
 _SUBJECTS = (
     ("store fresh bread", "a cloth bag at room temperature", "the refrigerator", "three days"),

@@ -11,19 +11,22 @@ Share = tuple[str, str, float]  # place on the vertical axis, engine, share of t
 
 
 def shares(rows: Sequence[Row]) -> list[Share]:
-    """Medians over the ceiling's median of the same task."""
+    """Medians over the roofline's median for the same task, measured in the same turns."""
     out = []
     for row in rows:
-        if not row.samples or row.engine.startswith("ceiling"):
+        if not row.samples or row.engine.startswith(("ceiling", "roofline")):
             continue
-        beside = [r for r in rows if r.part == row.part and r.task == row.task and r.samples]
-        own = [r for r in beside if r.engine == "ceiling" or r.engine == f"ceiling (beside {row.engine})"]
-        own += [r for r in beside if r.engine.startswith("ceiling (beside") and r.engine[16:-1] in row.engine]
-        if own:
-            out.append(
-                (f"{row.part}: {row.task}", row.engine.split(", beside")[0], row.median / own[0].median)
-            )
+        others = [r for r in rows if (r.part, r.task) == (row.part, row.task) and r.samples]
+        for roofline in others:
+            beside = roofline.engine.removeprefix("roofline").removeprefix(" (beside ").removesuffix(")")
+            if roofline.engine.startswith("roofline") and beside in row.engine:
+                out.append((f"{row.part}: {row.task}", _short(row.engine), row.median / roofline.median))
     return out
+
+
+def _short(engine: str) -> str:
+    """Without its settings, and without the engine that it took turns with."""
+    return engine.split(" (")[0].split(", beside")[0]
 
 
 def op_shares(ops: Sequence[OpRow]) -> list[Share]:

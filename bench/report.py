@@ -39,7 +39,9 @@ def _cell(rows: Sequence[Row], engine: str, task: str) -> str:
     if row is None:
         return ""
     text = f"{_number(row.median)} ({_number(row.low)} to {_number(row.high)})"
-    if row.unit not in ("GB/s", "GOP/s", "GFLOP/s") and not engine.startswith(("ours", "ceiling")):
+    if row.unit not in ("GB/s", "GOP/s", "GFLOP/s") and not engine.startswith(
+        ("ours", "ceiling", "roofline")
+    ):
         mine = [r for r in rows if r.task == task and r.engine.startswith("ours") and r.samples]
         if engine_beside := next((r for r in mine if r.engine in engine), None):
             mine = [engine_beside]

@@ -1,4 +1,4 @@
-"""Engines take turns: every one does a task before any does it again, and medians are kept with their ends."""
+"""Engines take turns: each does a task before any does it again; every round's figure is kept."""
 
 import statistics
 import time
@@ -95,8 +95,7 @@ def in_turns(
         rows += [Row(part, name, task.name, name.split()[-1], tuple(samples[name])) for name in probes]
         for peer in peers:
             cut = steps[peer.name] if task.batch and steps[peer.name] < task.num_tokens else 0
-            notes = [getattr(peer, "note", ""), f"{cut} steps" if cut else ""]
-            note = ", ".join(filter(None, notes))
+            note = f"{cut} steps" if cut else ""
             rows.append(Row(part, peer.name, task.name, samples=tuple(samples[peer.name]), note=note))
     return rows
 

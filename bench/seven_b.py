@@ -23,7 +23,7 @@ class Shape:
     head_dim: int = 128
 
 
-def seven_b(tokenizer_from: Path, shape: Shape = Shape(), out: Path | None = None) -> Path:  # noqa: B008
+def seven_b(tokenizer_from: Path, shape: Shape = Shape(), out: Path | None = None) -> Path:
     """The file, written at the first call; tokenizer and vocabulary are those of `tokenizer_from`."""
     out = out or CACHE / "qwen2.5-7b-shape-q4_0.gguf"
     if not out.exists():

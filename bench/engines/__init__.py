@@ -15,7 +15,7 @@ class Peer(Protocol):
         ...
 
     def decode(self, batch: int, num_tokens: int) -> float:
-        """`num_tokens` greedy steps of `batch` sequences side by side, after a prompt of three tokens each."""
+        """`num_tokens` greedy steps of `batch` sequences side by side, each after three tokens of prompt."""
         ...
 
     def close(self) -> None:

@@ -118,8 +118,7 @@ class LlamaCpp:
             self.prefill(16)
             tried[settings] = self.prefill(128) + self.decode(8, 8) + self.decode(1, 8)
         self._run.set(min(tried, key=lambda settings: tried[settings]))
-        self.name = f"llama.cpp, {label}"
-        self.note = str(self._run.settings)
+        self.name = f"llama.cpp, {label} ({self._run.settings})"
 
     def prefill(self, num_tokens: int) -> float:
         self._run.clear()
@@ -134,7 +133,7 @@ class LlamaCpp:
         length = len(prompts[0])
         seqs = [i for i in range(batch) for _ in range(length)]
         ends = [length * (i + 1) - 1 for i in range(batch)]
-        run.feed(sum(prompts, []), [*range(length)] * batch, seqs, ends)
+        run.feed([token for ids in prompts for token in ids], [*range(length)] * batch, seqs, ends)
         current = [run.likeliest(end) for end in ends]
         start = time.perf_counter()
         for step in range(num_tokens):
