@@ -73,7 +73,7 @@ def judge_large(plan: Plan) -> list[Row]:
         raise MissingError("left out by --quick")
     model = find_model(QWEN_15B)
     peers = [(model, "the same file", False), (model, "the same file", True)]
-    return measure_judge("judge qwen", model, peers, plan.threads, 1, Work(think_tokens=24, peer_pairs=2))
+    return measure_judge("judge qwen", model, peers, plan.threads, 1, Work(think_tokens=16, peer_pairs=2))
 
 
 PARTS: dict[str, Callable[[Plan], list[Row]]] = {

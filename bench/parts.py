@@ -8,7 +8,7 @@ from pathlib import Path
 from bench.ceilings import Ceilings
 from bench.engines import MissingError, Peer
 from bench.engines.hf import Transformers
-from bench.engines.llama_cpp import Q4_0, LlamaCpp, requantised
+from bench.engines.llama_cpp import Q4_0, SETTINGS, LlamaCpp, requantised
 from bench.engines.openvino import OpenVino
 from bench.engines.ours import Ours
 from bench.models import model_cost
@@ -63,10 +63,13 @@ def seven(plan: Plan) -> list[Row]:
     tasks = [Task(0, 128), Task(1, plan.tokens), Task(8, plan.tokens)]
     rows: list[Row] = []
     for mine in _ours(model, plan):
-        makers: Makers = [mine, ("llama.cpp", partial(LlamaCpp, model, f"beside {mine[0]}", plan.threads))]
-        found = measure("7b", model, makers, tasks, replace(plan, most_seconds=6.0))
+        label = f"beside {mine[0]}"
+        makers: Makers = [mine, ("llama.cpp", partial(LlamaCpp, model, label, plan.threads, SETTINGS[:1]))]
+        found = measure(
+            "7b", model, makers, tasks, replace(plan, rounds=min(plan.rounds, 2), most_seconds=6.0)
+        )
         rows += [replace(row, engine=_beside(row.engine, mine[0])) for row in found]
-    reason = "not loaded: its copy of the weights does not fit in memory beside llama.cpp's and ours"
+    reason = "not tried: this part is measured against llama.cpp alone, to leave memory for both"
     return rows + [Row("7b", name, "all", missing=reason) for name in ("transformers bf16", "OpenVINO GenAI")]
 
 

@@ -27,6 +27,9 @@ class Settings:
         return f"flash attention {attention}, {'one KV buffer' if self.unified else 'a KV buffer each'}"
 
 
+SETTINGS = tuple(Settings(attention, unified) for attention in (True, False) for unified in (False, True))
+
+
 class Context:
     """A model and a context: tokens in, logits at the last row of each run, draws in C."""
 
@@ -108,17 +111,18 @@ class Context:
 
 
 class LlamaCpp:
-    """Takes the fastest of four settings, tried when it is opened."""
+    """Takes the fastest of some settings, tried when it is opened."""
 
-    def __init__(self, model: Path, label: str, threads: int) -> None:
-        self._run = Context(model, threads, Settings(True, True), MAX_PROMPT, MAX_BATCH)
-        tried = {}
-        for settings in (Settings(fa, unified) for fa in (True, False) for unified in (True, False)):
-            self._run.set(settings)
-            self.prefill(16)
-            tried[settings] = self.prefill(128) + self.decode(8, 8) + self.decode(1, 8)
-        self._run.set(min(tried, key=lambda settings: tried[settings]))
+    def __init__(self, model: Path, label: str, threads: int, choice: Sequence[Settings] = SETTINGS) -> None:
+        self._run = Context(model, threads, choice[0], MAX_PROMPT, MAX_BATCH)
+        if len(choice) > 1:
+            self._run.set(min(choice, key=self._try))
         self.name = f"llama.cpp, {label} ({self._run.settings})"
+
+    def _try(self, settings: Settings) -> float:
+        self._run.set(settings)
+        self.prefill(16)
+        return self.prefill(128) + self.decode(8, 8) + self.decode(1, 8)
 
     def prefill(self, num_tokens: int) -> float:
         self._run.clear()
