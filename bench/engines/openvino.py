@@ -29,7 +29,7 @@ class OpenVino:
                 str(model),
                 "CPU",
                 INFERENCE_NUM_THREADS=threads,
-                ATTENTION_BACKEND="PA",  # paged attention: the faster of its two, see docs/performance.md
+                ATTENTION_BACKEND="PA",  # paged attention; its other one, SDPA, was no faster
                 scheduler_config=scheduler,
             )
         except RuntimeError as error:

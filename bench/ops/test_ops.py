@@ -1,9 +1,12 @@
 """The ops under pytest-benchmark: `make bench-ops`."""
 
 import pytest
+import torch
 
 from bench.ops.cases import HEADS, attention_case, linear_cases, sampler_case
 from flexjudge_fast.ops.backend import has_compiled_ops
+from flexjudge_fast.ops.dequantize import dequantize
+from flexjudge_fast.weights.formats import QUANT_FORMATS
 
 pytestmark = pytest.mark.skipif(not has_compiled_ops(), reason="the compiled library is not built")
 THREADS = 2
@@ -28,3 +31,18 @@ def test_packed_attention(benchmark, heads, batch, new, context):
 @pytest.mark.parametrize("greedy", [True, False])
 def test_sample_tokens(benchmark, rows, greedy):
     benchmark(sampler_case(rows, greedy, THREADS).call)
+
+
+@pytest.mark.parametrize("found", QUANT_FORMATS, ids=lambda found: found.name)
+@pytest.mark.parametrize("threads", [1, THREADS])
+def test_dequantize(benchmark, found, threads):
+    """What loading costs: 76.8 million weights to float32."""
+    rows, columns = 100_000, 768
+    generator = torch.Generator().manual_seed(0)
+    shape = (rows, columns // found.block_size * found.block_bytes)
+    blocks = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    benchmark(dequantize, blocks, found.name)
+    torch.set_num_threads(before)
+    benchmark.extra_info["weights_per_second"] = rows * columns / benchmark.stats.stats.median
