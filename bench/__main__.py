@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from bench.bars import all_bars
-from bench.ceilings import KINDS, Ceilings
+from bench.ceilings import KINDS, MEMORY_BYTES, Ceilings
 from bench.engines import MissingError
 from bench.engines.llama_cpp import Q4_0, requantised
 from bench.judge_work import Work, measure_judge
@@ -23,7 +23,6 @@ from bench.rounds import Row
 from flexjudge_fast.cli import default_model
 
 RESULTS = Path(__file__).parent / "results"
-_READ_BYTES = 1 << 30
 
 
 @dataclass
@@ -38,7 +37,7 @@ def ceilings(plan: Plan) -> list[Row]:
     """Reads of 1 GiB on one thread and on all, and the peaks of arithmetic."""
     found: dict[tuple[str, int], list[float]] = {}
     rows = []
-    with Ceilings(_READ_BYTES) as machine:
+    with Ceilings(MEMORY_BYTES) as machine:
         wanted = [("read", 1), *((kind, plan.threads) for kind in KINDS)]
         for _ in range(plan.rounds + 2):
             for kind, threads in list(wanted):

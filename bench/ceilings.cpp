@@ -1,5 +1,5 @@
-// What the machine can do, measured on request: `ceilings BYTES`, then a line "NAME THREADS" on stdin per
-// measurement, answered with a number (GB/s or giga-operations a second) or "missing REASON".
+// What the machine can do, measured on request: `ceilings BYTES`, then a line "NAME THREADS USED" on stdin per
+// measurement, answered with a number (GB/s or giga-operations a second) or "missing REASON". Reads go over USED of BYTES.
 // NAME: read, int8 (vpdpbusd), bf16 (vdpbf16ps), fp32 (fused multiply-add).
 #include <immintrin.h>
 #include <sys/mman.h>
@@ -124,9 +124,10 @@ int main(int argc, char** argv) {
   madvise(memory, bytes, MADV_HUGEPAGE);
   std::memset(memory, 1, bytes);
   std::string name;
-  for (int threads; std::cin >> name >> threads;) {
+  std::size_t used;
+  for (int threads; std::cin >> name >> threads >> used;) {
     std::string why;
-    const double found = answer(name, threads, memory, bytes, why);
+    const double found = answer(name, threads, memory, std::min(used, bytes), why);
     if (found < 0) {
       std::cout << "missing " << why << std::endl;
     } else {

@@ -11,14 +11,12 @@ import psutil
 from bench.engines import MissingError
 
 SOURCE = Path(__file__).with_name("ceilings.cpp")
+MEMORY_BYTES = 1 << 30  # reads of as much come from memory, not from caches
 KINDS = {"read": "GB/s", "int8": "GOP/s", "bf16": "GFLOP/s", "fp32": "GFLOP/s"}
 
 
 class Ceilings:
-    """A running ceilings program that holds `num_bytes` on huge pages; idle between questions.
-
-    Reads below the size of the last-level cache are answered from it in part, as a model's would be.
-    """
+    """A running ceilings program that holds `num_bytes` on huge pages; idle between questions."""
 
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes = min(num_bytes, psutil.virtual_memory().available // 4)
@@ -29,14 +27,16 @@ class Ceilings:
             [program, str(self.num_bytes)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def measure(self, kind: str, threads: int) -> float:
+    def measure(self, kind: str, threads: int, read_bytes: int | None = None) -> float:
         """GB/s of "read", giga-operations a second of "int8", "bf16" or "fp32".
+
+        read_bytes: how much is read over and over (default: all); a small part comes from caches in part.
 
         Raises:
             MissingError: the processor or the compiler lacks the instruction, or the program ended.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(f"{kind} {threads}\n")
+        self._process.stdin.write(f"{kind} {threads} {read_bytes or self.num_bytes}\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline().strip()
         if not line or line.startswith("missing"):

@@ -1,23 +1,29 @@
 """The models measured, the engines that measure them, and the tasks."""
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from bench.ceilings import Ceilings
+from bench.ceilings import MEMORY_BYTES, Ceilings
 from bench.engines import MissingError, Peer
 from bench.engines.hf import Transformers
 from bench.engines.llama_cpp import Q4_0, SETTINGS, LlamaCpp, requantised
 from bench.engines.openvino import OpenVino
 from bench.engines.ours import Ours
-from bench.models import model_cost
+from bench.models import ModelCost, model_cost
 from bench.rounds import Probe, Row, Task, in_turns, open_all
 from bench.seven_b import seven_b
 from flexjudge_fast.cli import default_model
 
 QWEN_15B = "qwen2.5-1.5b-q4_k_m.gguf"
-READ, INT8, ROOFLINE = "ceiling: reads GB/s", "ceiling: int8 GOP/s", "roofline"
+READ, CACHED_READ, INT8 = (
+    "ceiling: reads GB/s",
+    "ceiling: reads of the model's size GB/s",
+    "ceiling: int8 GOP/s",
+)
+ROOFLINE, CACHED_ROOFLINE = "roofline", "roofline, part of it in cache"
 Makers = list[tuple[str, Callable[[], Peer]]]
 
 
@@ -100,30 +106,55 @@ def measure(part: str, model: Path, makers: Makers, tasks: Sequence[Task], plan:
     """Every engine in turns, and the machine's ceilings between them."""
     cost = model_cost(model)
     peers, rows = open_all(makers, part)
-    try:
-        ceilings = Ceilings(cost.read_bytes)
-    except MissingError as error:
-        rows.append(Row(part, ROOFLINE, "all", missing=str(error)))
-        return rows + in_turns(part, peers, tasks, plan.rounds, {}, plan.most_seconds)
-    finally_close = [*peers, ceilings]
-    try:
-        probes: dict[str, Probe] = {}
-        for name, kind in ((READ, "read"), (INT8, "int8")):
-            try:
-                ceilings.measure(kind, plan.threads)
-                probes[name] = lambda kind=kind: ceilings.measure(kind, plan.threads)  # type: ignore[misc]
-            except MissingError as error:
-                rows.append(Row(part, name, "all", missing=str(error)))
-        rows += in_turns(part, peers, tasks, plan.rounds, probes, plan.most_seconds)
-    finally:
-        for opened in finally_close:
-            opened.close()
-    if READ not in probes or INT8 not in probes:
-        return rows
+    with ExitStack() as stack:
+        for peer in peers:
+            stack.callback(peer.close)
+        try:
+            ceilings = stack.enter_context(Ceilings(max(MEMORY_BYTES, cost.read_bytes)))
+        except MissingError as error:
+            rows.append(Row(part, ROOFLINE, "all", missing=str(error)))
+            return rows + in_turns(part, peers, tasks, plan.rounds, {}, plan.most_seconds)
+        probes, missing = _probes(part, ceilings, cost.read_bytes, plan.threads)
+        rows += missing + in_turns(part, peers, tasks, plan.rounds, probes, plan.most_seconds)
+    if INT8 in probes:
+        for read, name in ((READ, ROOFLINE), (CACHED_READ, CACHED_ROOFLINE)):
+            rows += _rooflines(rows, cost, tasks, read, name) if read in probes else []
+    return rows
+
+
+def _probes(
+    part: str, ceilings: Ceilings, read_bytes: int, threads: int
+) -> tuple[dict[str, Probe], list[Row]]:
+    """The ceilings to measure in every round, and a row for each that cannot be.
+
+    A model too small to be read from memory alone gets two rooflines: memory's, and that of reads of its own
+    size, of which the last-level cache answers a part.
+    """
+    wanted: dict[str, Probe] = {
+        READ: lambda: ceilings.measure("read", threads),
+        INT8: lambda: ceilings.measure("int8", threads),
+    }
+    if read_bytes < MEMORY_BYTES:
+        wanted[CACHED_READ] = lambda: ceilings.measure("read", threads, read_bytes)
+    found, missing = {}, []
+    for name, probe in wanted.items():
+        try:
+            probe()
+            found[name] = probe
+        except MissingError as error:
+            missing.append(Row(part, name, "all", missing=str(error)))
+    return found, missing
+
+
+def _rooflines(
+    rows: Sequence[Row], cost: ModelCost, tasks: Sequence[Task], read: str, name: str
+) -> list[Row]:
+    """What reads and byte products, as measured in the rounds of each task, allow."""
+    out = []
     for task in tasks:
-        read, int8 = (next(r for r in rows if r.engine == n and r.task == task.name) for n in (READ, INT8))
-        pairs = zip(read.samples, int8.samples, strict=True)
+        reads, int8 = (next(r for r in rows if r.engine == n and r.task == task.name) for n in (read, INT8))
+        pairs = zip(reads.samples, int8.samples, strict=True)
         count = task.batch or task.num_tokens
         samples = tuple(count / cost.seconds(task.batch, task.num_tokens, *pair) for pair in pairs)
-        rows.append(Row(part, ROOFLINE, task.name, samples=samples))
-    return rows
+        out.append(Row(reads.part, name, task.name, samples=samples))
+    return out
