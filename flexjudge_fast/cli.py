@@ -1,4 +1,4 @@
-"""The command line: score, compare, rank, choose, run a file, look at a model."""
+"""The command line: score, compare, rank, choose, run a file, look at a model, quantise one."""
 
 import json
 import os
@@ -166,6 +166,30 @@ def info(
     except (FlexJudgeError, OSError) as error:
         _fail(error)
     print(json.dumps(facts) if as_json else "\n".join(f"{name:14} {value}" for name, value in facts.items()))
+
+
+@app.command("quantize")
+def quantize_model(
+    model: Annotated[str, typer.Argument(help="HF folder, hub id or .gguf.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    to: Annotated[
+        str, typer.Option(help="int4, int4-g64, int4-g128, int8, or keep: formats as they are.")
+    ] = "int4",
+    force: Annotated[bool, typer.Option(help="Replace a folder that is there.")] = False,
+) -> None:
+    """Quantise a model once, into a folder that loads fast. A .gguf is kept as quantised: --to keep."""
+    from flexjudge_fast.weights.checkpoint import open_checkpoint
+    from flexjudge_fast.weights.quantization import QUANTIZATIONS, find_quantization
+    from flexjudge_fast.weights.quantized_folder import write_folder
+
+    try:
+        scheme = find_quantization(to)
+        if scheme is None and to != "keep":
+            raise InvalidArgumentError(f"--to {to!r}: must be one of {', '.join(QUANTIZATIONS)}, keep")
+        num_bytes = write_folder(open_checkpoint(model), out, scheme, force)
+    except (FlexJudgeError, OSError) as error:
+        _fail(error)
+    print(f"{out}: {num_bytes / 1e6:.0f} MB of weights ({to})")
 
 
 def _options(

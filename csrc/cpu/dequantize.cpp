@@ -1,15 +1,9 @@
-// Block formats of ggml (ggml-common.h), expanded with the same operations in the same order as the torch
+// Block formats of ggml (ggml-common.h) and our own, expanded with the same operations in the same order as the torch
 // reference, so that the results are equal bit for bit (compiled with -ffp-contract=off).
 #include "flexjudge/dequantize.h"
 
+#include "flexjudge/clones.h"
 #include "flexjudge/ggml_bits.h"
-
-// One build per instruction set, chosen when the library is loaded.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
-#define FLEXJUDGE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FLEXJUDGE_CLONES
-#endif
 
 namespace flexjudge {
 namespace {
@@ -33,6 +27,23 @@ FLEXJUDGE_CLONES void q4_1(const std::uint8_t* b, std::int64_t n, float* out) {
     }
   }
 }
+
+// As Q4_1, with one scale and minimum for `tiles` runs of 32 weights.
+FLEXJUDGE_CLONES void i4(const std::uint8_t* b, std::int64_t n, int tiles, float* out) {
+  for (; n-- > 0; b += 4 + 16 * tiles) {
+    const float d = half_at(b), m = half_at(b + 2);
+    for (int tile = 0; tile < tiles; ++tile, out += 32) {
+      const std::uint8_t* codes = b + 4 + 16 * tile;
+      for (int i = 0; i < 16; ++i) {
+        out[i] = d * static_cast<float>(codes[i] & 15) + m;
+        out[16 + i] = d * static_cast<float>(codes[i] >> 4) + m;
+      }
+    }
+  }
+}
+
+void i4_64(const std::uint8_t* b, std::int64_t n, float* out) { i4(b, n, 2, out); }
+void i4_128(const std::uint8_t* b, std::int64_t n, float* out) { i4(b, n, 4, out); }
 
 FLEXJUDGE_CLONES void q5_0(const std::uint8_t* b, std::int64_t n, float* out) {
   for (; n-- > 0; b += 22, out += 32) {
@@ -119,6 +130,7 @@ FLEXJUDGE_CLONES void q6_k(const std::uint8_t* b, std::int64_t n, float* out) {
 const BlockFormat kFormats[] = {
     {"Q4_0", 32, 18, q4_0},    {"Q4_1", 32, 20, q4_1},    {"Q5_0", 32, 22, q5_0},    {"Q5_1", 32, 24, q5_1},
     {"Q8_0", 32, 34, q8_0},    {"Q4_K", 256, 144, q4_k}, {"Q5_K", 256, 176, q5_k}, {"Q6_K", 256, 210, q6_k},
+    {"I4_64", 64, 36, i4_64},  {"I4_128", 128, 68, i4_128},
 };
 
 }  // namespace

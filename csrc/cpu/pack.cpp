@@ -15,7 +15,8 @@ constexpr FormatInfo kFormats[] = {
     {"Q4_1", Format::kQ4_1, 4, 0, Scales::kHalfMin, 32, 20},  {"Q5_0", Format::kQ5_0, 5, 16, Scales::kHalf, 32, 22},
     {"Q5_1", Format::kQ5_1, 5, 0, Scales::kHalfMin, 32, 24},  {"Q8_0", Format::kQ8_0, 8, 128, Scales::kHalf, 32, 34},
     {"Q4_K", Format::kQ4_K, 4, 0, Scales::kK, 256, 144},      {"Q5_K", Format::kQ5_K, 5, 0, Scales::kK, 256, 176},
-    {"Q6_K", Format::kQ6_K, 6, 32, Scales::kQ6K, 256, 210},
+    {"Q6_K", Format::kQ6_K, 6, 32, Scales::kQ6K, 256, 210},   {"I4_64", Format::kI4_64, 4, 0, Scales::kHalfMin, 64, 36},
+    {"I4_128", Format::kI4_128, 4, 0, Scales::kHalfMin, 128, 68},
 };
 
 constexpr std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
@@ -36,6 +37,8 @@ void read_codes(Format format, const std::uint8_t* b, int sub, std::uint8_t* cod
   switch (format) {
     case Format::kQ4_0: return nibbles(b + 2, codes);
     case Format::kQ4_1: return nibbles(b + 4, codes);
+    case Format::kI4_64:
+    case Format::kI4_128: return nibbles(b + 4 + 16 * sub, codes);
     case Format::kQ5_0: nibbles(b + 6, codes); return add_fifth_bits(word_at(b + 2), codes);
     case Format::kQ5_1: nibbles(b + 8, codes); return add_fifth_bits(word_at(b + 4), codes);
     case Format::kQ8_0:

@@ -16,6 +16,7 @@ from flexjudge_fast.models.registry import load_model
 from flexjudge_fast.prompts.chat_template import ChatTemplate
 from flexjudge_fast.prompts.tokenizer import Tokenizer
 from flexjudge_fast.weights.checkpoint import Checkpoint, open_checkpoint
+from flexjudge_fast.weights.quantization import QUANTIZATIONS, find_quantization
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,10 @@ def load_parts(
     config: EngineConfig,
 ) -> EngineParts:
     """Load a checkpoint and size everything around it."""
-    if quantization not in (None, "dequantize"):
-        raise InvalidArgumentError(f'quantization={quantization!r}: must be None or "dequantize"')
+    scheme = find_quantization(quantization or "")
+    if scheme is None and quantization not in (None, "dequantize"):
+        known = ", ".join(map(repr, QUANTIZATIONS))
+        raise InvalidArgumentError(f'quantization={quantization!r}: must be None, {known} or "dequantize"')
     where = pick_device(device)
     checkpoint = open_checkpoint(model)
     picked = pick_dtype(dtype, checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
@@ -58,6 +61,7 @@ def load_parts(
         where,
         max_len,
         expand=quantization == "dequantize",
+        quantization=scheme,
         activation_bytes=2 if config.activations == "int16" else 1,
         num_threads=config.num_threads or torch.get_num_threads(),
     )

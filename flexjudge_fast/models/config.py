@@ -6,6 +6,7 @@ from typing import Any
 
 from flexjudge_fast.errors import UnsupportedCheckpointError
 from flexjudge_fast.layers.rotary import RopeConfig
+from flexjudge_fast.weights.quantization import OWN_CONFIG
 
 _MATHS = frozenset(
     [
@@ -174,7 +175,11 @@ def _refuse_unknown(config: Mapping[str, Any], ignore: Collection[str]) -> None:
         if name in _MATHS or name in _HARMLESS or name in ignore or value is None or value is False:
             continue
         if name == "quantization_config":
+            if value == OWN_CONFIG:
+                continue
             method = value.get("quant_method") if isinstance(value, Mapping) else value
+            if method == OWN_CONFIG["quant_method"]:
+                method = dict(value)  # ours, but of another version
             raise UnsupportedCheckpointError(f"config field quantization_config: {method!r} is not supported")
         raise UnsupportedCheckpointError(
             f"config field {name}={value!r} is unknown and may change the maths; "

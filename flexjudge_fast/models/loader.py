@@ -7,9 +7,8 @@ import torch
 from flexjudge_fast.errors import CheckpointError
 from flexjudge_fast.layers.linear import Linear
 from flexjudge_fast.weights.checkpoint import Checkpoint
+from flexjudge_fast.weights.quantization import Quantization
 from flexjudge_fast.weights.tensor import DenseTensor, Weight
-
-_CHECK_ROWS = 4096  # rows looked at together when a weight is checked for NaN
 
 
 class TensorLoader:
@@ -17,6 +16,7 @@ class TensorLoader:
 
     Args:
         expand: turn quantised weights into dense ones.
+        quantization: quantise dense weights.
         merge: join the weights of one layer into one matrix where their formats agree.
     """
 
@@ -27,12 +27,14 @@ class TensorLoader:
         device: torch.device,
         expand: bool = False,
         merge: bool = True,
+        quantization: Quantization | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.device = device
         self.expand = expand
         self.merge = merge
+        self.quantization = quantization
 
     def weight(self, name: str, shape: tuple[int, ...]) -> Weight:
         """The tensor `name`; dense ones come in the loader's dtype.
@@ -46,9 +48,11 @@ class TensorLoader:
                 f"{self.checkpoint.path}: tensor {name} has shape {tuple(weight.shape)}, "
                 f"config.json asks for {shape}"
             )
+        if self.quantization is not None:
+            weight = self.quantization.apply(name, weight)
         if isinstance(weight, DenseTensor) or self.expand:
             weight = DenseTensor(weight.to_dense(self.dtype))
-        if not _is_finite(weight):
+        if not weight.is_finite():
             raise CheckpointError(f"{self.checkpoint.path}: tensor {name} holds NaN or infinite values")
         return weight.to(self.device)
 
@@ -62,14 +66,3 @@ class TensorLoader:
         weights = [self.weight(name + ".weight", (size, in_features)) for name, size in pairs]
         biases = torch.cat([self.vector(name + ".bias", size) for name, size in pairs]) if bias else None
         return Linear(weights, biases, self.merge)
-
-
-def _is_finite(weight: Weight) -> bool:
-    """No NaN or infinity in any row; expanded a few rows at a time, so that memory stays small."""
-    if isinstance(weight, DenseTensor):
-        return bool(torch.isfinite(weight.data).all())
-    num_rows = weight.shape[0]
-    return all(
-        bool(torch.isfinite(weight.rows(i, min(i + _CHECK_ROWS, num_rows)).to_dense(torch.float32)).all())
-        for i in range(0, num_rows, _CHECK_ROWS)
-    )

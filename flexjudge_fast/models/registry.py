@@ -10,6 +10,7 @@ from flexjudge_fast.models.packed import PackedModel
 from flexjudge_fast.models.qwen2 import Qwen2ForCausalLM
 from flexjudge_fast.ops.backend import has_compiled_ops
 from flexjudge_fast.weights.checkpoint import Checkpoint
+from flexjudge_fast.weights.quantization import Quantization
 
 
 def load_model(
@@ -19,6 +20,7 @@ def load_model(
     device: torch.device,
     max_len: int,
     expand: bool = False,
+    quantization: Quantization | None = None,
     activation_bytes: int = 2,
     num_threads: int = 1,
 ) -> Decoder | PackedModel:
@@ -28,6 +30,7 @@ def load_model(
         config: the checkpoint's, as `read_decoder_config` gives it.
         max_len: positions to prepare for, in tokens.
         expand: turn quantised weights into dense ones at load.
+        quantization: quantise dense weights at load.
         activation_bytes, num_threads: of the CPU kernels, see `PackedModel`.
 
     Returns:
@@ -41,6 +44,6 @@ def load_model(
         "Qwen2ForCausalLM": Qwen2ForCausalLM,
     }
     is_packed = device.type == "cpu" and has_compiled_ops()
-    loader = TensorLoader(checkpoint, dtype, device, expand, merge=not is_packed)
+    loader = TensorLoader(checkpoint, dtype, device, expand, merge=not is_packed, quantization=quantization)
     model = classes[config.architecture](config, loader, max_len)
     return PackedModel(model, activation_bytes, num_threads) if is_packed else model

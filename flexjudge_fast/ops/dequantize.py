@@ -1,4 +1,4 @@
-"""Expands quantised blocks (ggml's formats) to float32."""
+"""Expands quantised blocks to float32."""
 
 import torch
 
@@ -10,7 +10,7 @@ def dequantize(blocks: torch.Tensor, format_name: str) -> torch.Tensor:
 
     Args:
         blocks: uint8 [rows, bytes_per_row], contiguous rows of whole blocks.
-        format_name: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K or Q6_K.
+        format_name: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, I4_64 or I4_128.
 
     Returns:
         float32 [rows, columns].
@@ -22,7 +22,7 @@ def dequantize(blocks: torch.Tensor, format_name: str) -> torch.Tensor:
 
 
 def dequantize_reference(blocks: torch.Tensor, format_name: str) -> torch.Tensor:
-    """The same in plain torch. The bit layouts are those of ggml's `ggml-common.h`."""
+    """The same in plain torch. The bit layouts of the Q formats are those of ggml's `ggml-common.h`."""
     block_bytes, expand = {
         "Q4_0": (18, _q4_0),
         "Q4_1": (20, _q4_1),
@@ -32,6 +32,8 @@ def dequantize_reference(blocks: torch.Tensor, format_name: str) -> torch.Tensor
         "Q4_K": (144, _q4_k),
         "Q5_K": (176, _q5_k),
         "Q6_K": (210, _q6_k),
+        "I4_64": (36, _i4),
+        "I4_128": (68, _i4),
     }[format_name]
     rows, row_bytes = blocks.shape
     if row_bytes % block_bytes:
@@ -62,6 +64,11 @@ def _q4_0(b: torch.Tensor) -> torch.Tensor:
 
 def _q4_1(b: torch.Tensor) -> torch.Tensor:
     return _half(b[:, :2]) * _nibbles(b[:, 4:]).float() + _half(b[:, 2:4])
+
+
+def _i4(b: torch.Tensor) -> torch.Tensor:
+    runs = _nibbles(b[:, 4:].unflatten(1, (-1, 16)))  # [n, tiles, 32]: each 32 weights laid out as in Q4_1
+    return _half(b[:, :2]) * runs.flatten(1).float() + _half(b[:, 2:4])
 
 
 def _q5_0(b: torch.Tensor) -> torch.Tensor:

@@ -78,9 +78,6 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoin
     Raises:
         CheckpointError: there is no such model, or only pickled weights, which are never loaded.
     """
-    from flexjudge_fast.weights.gguf_file import GgufCheckpoint
-    from flexjudge_fast.weights.safetensors_folder import SafetensorsCheckpoint
-
     path = Path(model).expanduser()
     if not path.exists():
         if isinstance(model, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.endswith(".gguf"):
@@ -89,12 +86,14 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoin
     if path.is_file():
         if path.suffix != ".gguf":
             raise CheckpointError(f"{path}: a .gguf file or a folder is expected")
-        return GgufCheckpoint(path)
+        return _open_gguf(path)
     if any(path.glob("*.safetensors")) or (path / "model.safetensors.index.json").exists():
+        from flexjudge_fast.weights.safetensors_folder import SafetensorsCheckpoint
+
         return SafetensorsCheckpoint(path)
     ggufs = sorted(path.glob("*.gguf"))
     if len(ggufs) == 1:
-        return GgufCheckpoint(ggufs[0])
+        return _open_gguf(ggufs[0])
     if ggufs:
         raise CheckpointError(f"{path}: it holds {len(ggufs)} .gguf files; name the one to load")
     if any(next(path.glob(pattern), None) for pattern in _PICKLES):
@@ -102,6 +101,12 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoin
             f"{path}: it holds only pickled weights, which are never loaded; use safetensors"
         )
     raise CheckpointError(f"{path}: it holds neither safetensors nor a .gguf file")
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    from flexjudge_fast.weights.gguf_file import GgufCheckpoint  # importing gguf takes 50 ms
+
+    return GgufCheckpoint(path)
 
 
 def _download(model: str, revision: str | None) -> Path:

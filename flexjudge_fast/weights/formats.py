@@ -1,26 +1,29 @@
-"""The block formats of GGUF that stay quantised in memory (ggml's `block_*` structs)."""
+"""The block formats that stay quantised in memory: ggml's `block_*` structs, and our own of longer groups."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class QuantFormat:
-    """`block_size` weights of a row take `block_bytes` bytes."""
+    """`block_size` weights of a row take `block_bytes` bytes; half floats stand at `half_offsets`."""
 
     name: str
     block_size: int
     block_bytes: int
+    half_offsets: tuple[int, ...]
 
 
 QUANT_FORMATS = (
-    QuantFormat("Q4_0", 32, 18),
-    QuantFormat("Q4_1", 32, 20),
-    QuantFormat("Q5_0", 32, 22),
-    QuantFormat("Q5_1", 32, 24),
-    QuantFormat("Q8_0", 32, 34),
-    QuantFormat("Q4_K", 256, 144),
-    QuantFormat("Q5_K", 256, 176),
-    QuantFormat("Q6_K", 256, 210),
+    QuantFormat("Q4_0", 32, 18, (0,)),
+    QuantFormat("Q4_1", 32, 20, (0, 2)),
+    QuantFormat("Q5_0", 32, 22, (0,)),
+    QuantFormat("Q5_1", 32, 24, (0, 2)),
+    QuantFormat("Q8_0", 32, 34, (0,)),
+    QuantFormat("Q4_K", 256, 144, (0, 2)),
+    QuantFormat("Q5_K", 256, 176, (0, 2)),
+    QuantFormat("Q6_K", 256, 210, (208,)),
+    QuantFormat("I4_64", 64, 36, (0, 2)),  # Q4_1 with a scale and offset for 64 weights
+    QuantFormat("I4_128", 128, 68, (0, 2)),
 )
 
 

@@ -1,5 +1,6 @@
 """A Hugging Face folder: config, tokenizer, and safetensors in one file or in shards."""
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 
 from flexjudge_fast.errors import CheckpointError, UnsupportedCheckpointError
 from flexjudge_fast.weights.checkpoint import Checkpoint, read_json
-from flexjudge_fast.weights.tensor import DenseTensor, Weight
+from flexjudge_fast.weights.formats import find_format
+from flexjudge_fast.weights.tensor import DenseTensor, QuantTensor, Weight
 
 _INDEX = "model.safetensors.index.json"
 
@@ -28,6 +30,7 @@ class SafetensorsCheckpoint(Checkpoint):
         self.tokenizer_config = {**self.tokenizer_config, "chat_template": template}
         self._files: dict[Path, Any] = {}
         self._where = self._read_index()
+        self._formats: dict[Path, dict[str, str]] = {}
 
     def tensor_names(self) -> Sequence[str]:
         return tuple(self._where)
@@ -43,11 +46,35 @@ class SafetensorsCheckpoint(Checkpoint):
             data: torch.Tensor = self._open(path).get_tensor(name)
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{path}: tensor {name}: {error}") from error
+        if data.dtype == torch.uint8:
+            return self._blocks(path, name, data)
         if not data.is_floating_point():
             raise UnsupportedCheckpointError(
                 f"{path}: tensor {name} is {data.dtype}, a float type is expected"
             )
         return DenseTensor(data)
+
+    def _blocks(self, path: Path, name: str, data: torch.Tensor) -> QuantTensor:
+        """A matrix that `flexjudge quantize` wrote: the file's metadata names its format."""
+        if path not in self._formats:
+            try:
+                self._formats[path] = dict(
+                    json.loads((self._open(path).metadata() or {}).get("formats", "{}"))
+                )
+            except (ValueError, TypeError, RecursionError) as error:
+                raise CheckpointError(f"{path}: metadata formats: {error}") from error
+        found = self._formats[path].get(name)
+        if not isinstance(found, str):
+            raise UnsupportedCheckpointError(
+                f"{path}: tensor {name} is {data.dtype}, a float type is expected"
+            )
+        kind = find_format(found)
+        if kind is None:
+            raise UnsupportedCheckpointError(f"{path}: tensor {name} has the unknown format {found!r}")
+        if data.dim() != 2 or data.shape[1] % kind.block_bytes:
+            raise CheckpointError(f"{path}: tensor {name} of shape {tuple(data.shape)} cannot be {found}")
+        columns = data.shape[1] // kind.block_bytes * kind.block_size
+        return QuantTensor(data, kind, (data.shape[0], columns))
 
     def tokenizer_json(self) -> str:
         path = self.path / "tokenizer.json"

@@ -22,6 +22,10 @@ class DenseTensor:
     def nbytes(self) -> int:
         return self.data.nbytes
 
+    def is_finite(self) -> bool:
+        """No NaN or infinity anywhere."""
+        return bool(torch.isfinite(self.data).all())
+
     def to_dense(self, dtype: torch.dtype) -> torch.Tensor:
         return self.data.to(dtype)
 
@@ -41,8 +45,11 @@ class QuantTensor:
     def nbytes(self) -> int:
         return self.blocks.nbytes
 
-    def rows(self, start: int, stop: int) -> "QuantTensor":
-        return QuantTensor(self.blocks[start:stop], self.format, (stop - start, self.shape[1]))
+    def is_finite(self) -> bool:
+        """No NaN or infinity anywhere: codes are integers, so that the half floats alone can hold them."""
+        blocks = self.blocks.unflatten(1, (-1, self.format.block_bytes))  # [rows, num_blocks, block_bytes]
+        halves = (blocks[:, :, at : at + 2].contiguous() for at in self.format.half_offsets)
+        return all(bool(torch.isfinite(half.view(torch.float16)).all()) for half in halves)
 
     def to_dense(self, dtype: torch.dtype) -> torch.Tensor:
         """[rows, columns] in `dtype`."""

@@ -21,8 +21,7 @@ def random_weight(name: str, rows: int, columns: int, generator: torch.Generator
     found = next(f for f in QUANT_FORMATS if f.name == name)
     units = columns // found.block_size
     blocks = torch.randint(0, 256, (rows, units, found.block_bytes), dtype=torch.uint8, generator=generator)
-    places = {"Q6_K": (208,), "Q4_0": (0,), "Q5_0": (0,), "Q8_0": (0,)}.get(name, (0, 2))
-    for at in places:
+    for at in found.half_offsets:
         scales = (torch.randn(rows, units, generator=generator) * 0.05).half()
         blocks[:, :, at : at + 2] = scales.unsqueeze(-1).view(torch.uint8)
     return blocks.flatten(1)
@@ -35,7 +34,7 @@ def random_shape(name: str, generator: torch.Generator) -> tuple[int, int, int]:
         return int(torch.randint(low, high, (1,), generator=generator))
 
     unit = 1 if name in DENSE else next(f.block_size for f in QUANT_FORMATS if f.name == name)
-    most = {1: 300, 32: 12, 256: 3}[unit]
+    most = {1: 300, 32: 12, 64: 6, 128: 4, 256: 3}[unit]
     return draw(1, 40), draw(1, 70), unit * draw(1, most)
 
 

@@ -60,8 +60,8 @@ class PanelTiles {
 // The processor's own prefetch stops at each 4 KiB page.
 constexpr std::int64_t kFarAhead = 16384, kNearAhead = 2048;
 
-// Tiles of a row block as packed, expanded as they are read.
-template <int kBits, Scales kScales>
+// Tiles of a row block as packed, expanded as they are read. kUnitTiles: tiles that share a unit of scales.
+template <int kBits, Scales kScales, int kUnitTiles = 1>
 class PackedTiles {
  public:
   static constexpr Kind kKind = kScales == Scales::kQ6K ? Kind::kHalves : (kBits == 8 ? Kind::kWide : Kind::kPlain);
@@ -80,7 +80,6 @@ class PackedTiles {
   }
 
  private:
-  static constexpr std::int64_t kUnitTiles = kScales == Scales::kK || kScales == Scales::kQ6K ? 8 : 1;
   static constexpr std::int64_t kUnitBytes = scale_unit_bytes(kScales);
   static constexpr std::int64_t kCodeBytes = 64 * kBits;
   static constexpr std::int64_t kTileBytes = kCodeBytes + kUnitBytes / kUnitTiles;  // a tile's share of the row block
@@ -118,18 +117,15 @@ class PackedTiles {
   }
 
   FJ_INLINE void read_scales(Tile& tile) {
-    if constexpr (kUnitTiles == 1) {
-      const F d = half(0);
-      tile.factors[0] = d;
-      tile.offsets[0] = kScales == Scales::kHalfMin ? half(32) : mul(d, set1(-zero_point_));
-      scales_ += kUnitBytes;
-      return;
-    }
-    if (in_unit_ == 0) begin_unit();
-    if constexpr (kScales == Scales::kK) {
+    if constexpr (kScales == Scales::kHalf || kScales == Scales::kHalfMin) {
+      tile.factors[0] = half(0);
+      tile.offsets[0] = kScales == Scales::kHalfMin ? half(32) : mul(tile.factors[0], set1(-zero_point_));
+    } else if constexpr (kScales == Scales::kK) {
+      if (in_unit_ == 0) begin_unit();
       tile.factors[0] = mul(d_, to_float(load_u8(bytes_ + 16 * in_unit_)));
       tile.offsets[0] = mul(minus_dmin_, to_float(load_u8(bytes_ + 128 + 16 * in_unit_)));
     } else {
+      if (in_unit_ == 0) begin_unit();
       for (int side = 0; side < 2; ++side) {
         tile.factors[side] = mul(d_, to_float(load_s8(scales_ + 32 + 16 * (2 * in_unit_ + side))));
         tile.offsets[side] = mul(tile.factors[side], set1(-zero_point_));
@@ -172,9 +168,11 @@ FJ_INLINE void with_tiles(Format format, Call call) {
     case Format::kQ5_0: return call.template operator()<PackedTiles<5, Scales::kHalf>>();
     case Format::kQ5_1: return call.template operator()<PackedTiles<5, Scales::kHalfMin>>();
     case Format::kQ8_0: return call.template operator()<PackedTiles<8, Scales::kHalf>>();
-    case Format::kQ4_K: return call.template operator()<PackedTiles<4, Scales::kK>>();
-    case Format::kQ5_K: return call.template operator()<PackedTiles<5, Scales::kK>>();
-    case Format::kQ6_K: return call.template operator()<PackedTiles<6, Scales::kQ6K>>();
+    case Format::kI4_64: return call.template operator()<PackedTiles<4, Scales::kHalfMin, 2>>();
+    case Format::kI4_128: return call.template operator()<PackedTiles<4, Scales::kHalfMin, 4>>();
+    case Format::kQ4_K: return call.template operator()<PackedTiles<4, Scales::kK, 8>>();
+    case Format::kQ5_K: return call.template operator()<PackedTiles<5, Scales::kK, 8>>();
+    case Format::kQ6_K: return call.template operator()<PackedTiles<6, Scales::kQ6K, 8>>();
     default: return;
   }
 }

@@ -1,4 +1,4 @@
-// Expands ggml block formats to float32. Plain C++: no torch, no allocation.
+// Expands block formats (ggml's, and our 4-bit ones of longer groups) to float32. Plain C++: no torch, no allocation.
 #pragma once
 
 #include <cstdint>
