@@ -90,8 +90,7 @@ inline Activations place_activations(std::uint8_t* memory, Forms forms, std::int
   return x;
 }
 
-// Quantises 32 columns: symmetric, the group's largest magnitude at the end of the range. Two terms hold
-// 256 * high + low with both in int8. NaN and infinity give a scale of NaN, which the products carry on.
+// Quantises 32 columns: symmetric, the group's largest magnitude at the end of the range. NaN and infinity give a scale of NaN, which the products carry on.
 template <int kTerms>
 FJ_INLINE void quantize_group(F a, F b, GroupMeta* meta, std::int8_t* out) {
   constexpr float kLimit = kTerms == 2 ? 127.0f * 256.0f : 127.0f;
@@ -102,13 +101,7 @@ FJ_INLINE void quantize_group(F a, F b, GroupMeta* meta, std::int8_t* out) {
   const F inverse = set1(largest > 0 ? kLimit / largest : 0.0f);
   const I qa = to_int(mul(a, inverse)), qb = to_int(mul(b, inverse));
   if constexpr (kTerms == 2) {
-    const I bias = set1_i(32768 + 128), minus = set1_i(-128);  // the shift is a logical one
-    const I ha = add_i(shift_right<8>(add_i(qa, bias)), minus), hb = add_i(shift_right<8>(add_i(qb, bias)), minus);
-    store_s8(out, ha);
-    store_s8(out + 16, hb);
-    const F wide = set1(-256.0f);
-    store_s8(out + 32, to_int(fma(to_float(ha), wide, to_float(qa))));
-    store_s8(out + 48, to_int(fma(to_float(hb), wide, to_float(qb))));
+    store_two_bytes(out, qa, qb);
   } else {
     store_s8(out, qa);
     store_s8(out + 16, qb);

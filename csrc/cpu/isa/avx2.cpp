@@ -6,4 +6,5 @@
 #define FJ_NAME "avx2"
 #define FJ_TABLE kernels_avx2
 #include "simd_avx2.h"
+#include "dots_avx2.h"
 #include "table.h"

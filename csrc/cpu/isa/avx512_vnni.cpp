@@ -6,4 +6,5 @@
 #define FJ_NAME "avx512_vnni"
 #define FJ_TABLE kernels_avx512_vnni
 #include "simd_avx512.h"
+#include "dots_bytes.h"
 #include "table.h"

@@ -12,10 +12,9 @@
 namespace flexjudge::FJ_ISA {
 
 // ---- Where a kernel's tiles come from. Either source gives 8 vectors of unsigned codes, and per lane the factors
-// and offsets of a tile's columns: one pair, or with kHalves one for the 16 left and one for the 16 right columns.
+// and offsets of a tile's columns: one pair, or with 6-bit codes one for the 16 left and one for the 16 right columns.
 
-// kWide: codes above 127.
-enum class Kind { kPlain, kHalves, kWide };
+constexpr int pairs_of(int bits) { return bits == 6 ? 2 : 1; }
 
 struct Tile {
   Codes codes[8];
@@ -23,11 +22,10 @@ struct Tile {
 };
 
 // Tiles expanded before, to be used by many tokens.
-template <Kind kTheirKind>
+template <int kCodeBits>
 class PanelTiles {
  public:
-  static constexpr Kind kKind = kTheirKind;
-  static constexpr int kPairs = kKind == Kind::kHalves ? 2 : 1;
+  static constexpr int kBits = kCodeBits, kPairs = pairs_of(kBits);
   static constexpr std::int64_t kBytes = 512 + 2 * kPairs * 64;
 
   explicit PanelTiles(std::uint8_t* panel) : at_(panel) {}
@@ -61,10 +59,10 @@ class PanelTiles {
 constexpr std::int64_t kFarAhead = 16384, kNearAhead = 2048;
 
 // Tiles of a row block as packed, expanded as they are read. kUnitTiles: tiles that share a unit of scales.
-template <int kBits, Scales kScales, int kUnitTiles = 1>
+template <int kCodeBits, Scales kScales, int kUnitTiles = 1>
 class PackedTiles {
  public:
-  static constexpr Kind kKind = kScales == Scales::kQ6K ? Kind::kHalves : (kBits == 8 ? Kind::kWide : Kind::kPlain);
+  static constexpr int kBits = kCodeBits;
 
   PackedTiles(const Matrix& w, const std::uint8_t* block)
       : codes_(block), scales_(block + w.layout.code_bytes), ahead_(block + kFarAhead),
@@ -179,40 +177,11 @@ FJ_INLINE void with_tiles(Format format, Call call) {
 
 // ---- Kernels: 16 rows times kT tokens; c [kT][16] is added to. ----
 
-// dots[t] = sum over `kQuads` quads of codes times token t's two-byte (high, then low) or one-byte activations; exact.
-// A product waits four cycles for the one before it in its chain, so four chains are kept going where tokens allow:
-// one a token, or with fewer than four tokens one for each of its bytes.
-template <int kTokens, int kQuads, bool kWide, int kTerms>
-FJ_INLINE void dot_quads(const Codes* codes, const std::int8_t* x, I* dots) {
-  constexpr int kStride = kTerms * 32;
-  constexpr bool kApart = kTerms == 2 && kTokens < 4;
-  I low[kTokens];
-#pragma GCC unroll 4
-  for (int t = 0; t < kTokens; ++t) dots[t] = low[t] = zero_i();
-#pragma GCC unroll 8
-  for (int q = 0; q < kQuads; ++q) {
-#pragma GCC unroll 4
-    for (int t = 0; t < kTokens; ++t) dots[t] = dot4<kWide>(dots[t], codes[q], x + t * kStride + 4 * q);
-  }
-  if constexpr (kTerms == 1) return;
-#pragma GCC unroll 4
-  for (int t = 0; t < kTokens; ++t) dots[t] = shift_left<8>(dots[t]);
-  I* sums = kApart ? low : dots;
-#pragma GCC unroll 8
-  for (int q = 0; q < kQuads; ++q) {
-#pragma GCC unroll 4
-    for (int t = 0; t < kTokens; ++t) sums[t] = dot4<kWide>(sums[t], codes[q], x + t * kStride + 32 + 4 * q);
-  }
-  if constexpr (kApart) {
-    for (int t = 0; t < kTokens; ++t) dots[t] = add_i(dots[t], low[t]);
-  }
-}
-
-// Adds one tile times kT tokens. Per token: 8 (or 16) byte dot products of 16 rows, exact; then one rounding per
+// Adds one tile times kT tokens. Per token: the dot products of 16 rows, exact; then one rounding per
 // operation below.
-template <int kT, Kind kKind, int kTerms>
+template <int kT, int kBits, int kTerms>
 FJ_INLINE void multiply_tile(const Tile& tile, const std::uint8_t* x, F* acc) {
-  constexpr int kPairs = kKind == Kind::kHalves ? 2 : 1, kQuads = 8 / kPairs;
+  constexpr int kPairs = pairs_of(kBits), kQuads = 8 / kPairs;
   constexpr int kTogether = kT % 4 == 0 ? 4 : (kT % 3 == 0 ? 3 : kT);
   const auto* meta = reinterpret_cast<const float*>(x);
   const auto* bytes = reinterpret_cast<const std::int8_t*>(x + kT * sizeof(GroupMeta));
@@ -221,8 +190,7 @@ FJ_INLINE void multiply_tile(const Tile& tile, const std::uint8_t* x, F* acc) {
 #pragma GCC unroll 2
     for (int h = 0; h < kPairs; ++h) {
       I dots[kTogether];
-      dot_quads<kTogether, kQuads, kKind == Kind::kWide, kTerms>(
-          tile.codes + h * kQuads, bytes + from * kTerms * 32 + 4 * h * kQuads, dots);
+      dot_quads<kTogether, kQuads, kBits, kTerms>(tile.codes, bytes + from * kTerms * 32, h * kQuads, dots);
 #pragma GCC unroll 4
       for (int i = 0; i < kTogether; ++i) {
         const int t = from + i;
@@ -241,7 +209,7 @@ FJ_INLINE void quantized_kernel(Tiles tiles, std::int64_t num_tiles, const std::
   for (std::int64_t i = 0; i < num_tiles; ++i, x += group_bytes(kT, kTerms)) {
     Tile tile;
     tiles.next(tile);
-    multiply_tile<kT, Tiles::kKind, kTerms>(tile, x, acc);
+    multiply_tile<kT, Tiles::kBits, kTerms>(tile, x, acc);
   }
   for (int t = 0; t < kT; ++t) store(c + 16 * t, acc[t]);
 }
@@ -256,7 +224,7 @@ FJ_INLINE void quantized_kernel_over(Tiles tiles, std::int64_t num_tiles, const 
     for (std::int64_t j = 0; j < token_tiles; ++j) {
       F acc[kT];
       for (int t = 0; t < kT; ++t) acc[t] = load(c + 16 * (j * kT + t));
-      multiply_tile<kT, Tiles::kKind, kTerms>(tile, x + j * stride, acc);
+      multiply_tile<kT, Tiles::kBits, kTerms>(tile, x + j * stride, acc);
       for (int t = 0; t < kT; ++t) store(c + 16 * (j * kT + t), acc[t]);
     }
   }
@@ -335,7 +303,7 @@ void quantized_block(const Matrix& w, const std::uint8_t* block, const Activatio
       quantized_kernel_over<kT, Tiles, kTerms>(tiles, x.groups(), first, tokens.count(), c);
     });
   }
-  using Panel = PanelTiles<Tiles::kKind>;
+  using Panel = PanelTiles<Tiles::kBits>;
   Panel to(panel);
   Tile tile;
   for (std::int64_t i = 0; i < x.groups(); ++i) {
@@ -385,7 +353,7 @@ inline std::int64_t tiles_at_once(const Activations& x) {
 // Per thread: a panel, and c for four row blocks of `tiles_at_once` tiles.
 constexpr std::int64_t kMaxTokensAtOnce = 32 * kTokenTile;
 
-inline std::int64_t panel_bytes(const Linear& w) { return w.columns() / kGroup * PanelTiles<Kind::kHalves>::kBytes; }
+inline std::int64_t panel_bytes(const Linear& w) { return w.columns() / kGroup * PanelTiles<6>::kBytes; }
 inline std::int64_t thread_bytes(std::int64_t panel) { return align64(panel) + 4 * kMaxTokensAtOnce * 64; }
 
 struct ThreadScratch {

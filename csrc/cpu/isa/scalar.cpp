@@ -4,4 +4,5 @@
 #define FJ_NAME "scalar"
 #define FJ_TABLE kernels_scalar
 #include "simd_scalar.h"
+#include "dots_bytes.h"
 #include "table.h"

@@ -104,25 +104,6 @@ template <int kShift>
 FJ_INLINE Codes or_shifted(Codes x, Codes y) {
   return {_mm256_or_si256(x.a, _mm256_slli_epi16(y.a, kShift)), _mm256_or_si256(x.b, _mm256_slli_epi16(y.b, kShift))};
 }
-// Without VNNI: pairs in 16 bits cannot saturate for codes up to 127, so wider codes go in two parts.
-template <bool kWide>
-FJ_INLINE __m256i dot4_half(__m256i acc, __m256i c, __m256i x) {
-  if constexpr (kWide) {
-    const __m256i top = _mm256_and_si256(_mm256_srli_epi16(c, 7), _mm256_set1_epi8(1));
-    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(top, x), _mm256_set1_epi16(128)));
-    c = _mm256_and_si256(c, _mm256_set1_epi8(127));
-  }
-  return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(c, x), _mm256_set1_epi16(1)));
-}
-// acc[lane] += sum of codes[lane][i] * x[i] over 4 bytes; exact. kWide: codes may exceed 127.
-template <bool kWide>
-FJ_INLINE I dot4(I acc, Codes c, const std::int8_t* x) {
-  int word;
-  __builtin_memcpy(&word, x, 4);
-  const __m256i xs = _mm256_set1_epi32(word);
-  return {dot4_half<kWide>(acc.a, c.a, xs), dot4_half<kWide>(acc.b, c.b, xs)};
-}
-
 // Fixed order: halves are added until one lane is left.
 FJ_INLINE float sum(F x) {
   const __m256 a = _mm256_add_ps(x.a, x.b);

@@ -62,8 +62,7 @@ template <int kShift, int kMask>
 FJ_INLINE Codes bits_of(Codes c) { return _mm512_and_si512(_mm512_srli_epi16(c, kShift), _mm512_set1_epi8(kMask)); }
 template <int kShift>
 FJ_INLINE Codes or_shifted(Codes a, Codes b) { return _mm512_or_si512(a, _mm512_slli_epi16(b, kShift)); }
-// acc[lane] += sum of codes[lane][i] * x[i] over 4 bytes; exact. kWide: codes may exceed 127.
-template <bool kWide>
+// acc[lane] += sum of codes[lane][i] * x[i] over 4 bytes; exact.
 FJ_INLINE I dot4(I acc, Codes c, const std::int8_t* x) {
   int word;
   __builtin_memcpy(&word, x, 4);

@@ -89,7 +89,6 @@ FJ_INLINE Codes bits_of(Codes c) { return (c >> kShift) & static_cast<std::uint8
 template <int kShift>
 FJ_INLINE Codes or_shifted(Codes x, Codes y) { return x | (y << kShift); }
 // acc[lane] += sum of codes[lane][i] * x[i] over 4 bytes; exact.
-template <bool kWide>
 __attribute__((noinline)) I dot4(I acc, Codes c, const std::int8_t* x) {
   const I words = (I)c;
   return acc + (words & 255) * x[0] + (shift_right<8>(words) & 255) * x[1] + (shift_right<16>(words) & 255) * x[2] +
