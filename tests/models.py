@@ -56,6 +56,7 @@ def write_checkpoint(
     bias: bool = False,
     shard: str = "5GB",
     seed: int = 0,
+    intermediate: int = 96,
 ) -> Any:
     """Write a random model and return it, in float32 and eval mode."""
     import transformers
@@ -64,7 +65,7 @@ def write_checkpoint(
     shared = {
         "vocab_size": VOCAB,
         "hidden_size": 16 * heads[0],
-        "intermediate_size": 96,
+        "intermediate_size": intermediate,
         "num_hidden_layers": 3,
         "num_attention_heads": heads[0],
         "num_key_value_heads": heads[1],

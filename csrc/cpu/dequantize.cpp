@@ -42,6 +42,13 @@ FLEXJUDGE_CLONES void i4(const std::uint8_t* b, std::int64_t n, int tiles, float
   }
 }
 
+FLEXJUDGE_CLONES void i8_32(const std::uint8_t* b, std::int64_t n, float* out) {
+  for (; n-- > 0; b += 36, out += 32) {
+    const float d = half_at(b), m = half_at(b + 2);
+    for (int i = 0; i < 32; ++i) out[i] = d * static_cast<float>(b[4 + i]) + m;
+  }
+}
+
 void i4_64(const std::uint8_t* b, std::int64_t n, float* out) { i4(b, n, 2, out); }
 void i4_128(const std::uint8_t* b, std::int64_t n, float* out) { i4(b, n, 4, out); }
 
@@ -130,7 +137,7 @@ FLEXJUDGE_CLONES void q6_k(const std::uint8_t* b, std::int64_t n, float* out) {
 const BlockFormat kFormats[] = {
     {"Q4_0", 32, 18, q4_0},    {"Q4_1", 32, 20, q4_1},    {"Q5_0", 32, 22, q5_0},    {"Q5_1", 32, 24, q5_1},
     {"Q8_0", 32, 34, q8_0},    {"Q4_K", 256, 144, q4_k}, {"Q5_K", 256, 176, q5_k}, {"Q6_K", 256, 210, q6_k},
-    {"I4_64", 64, 36, i4_64},  {"I4_128", 128, 68, i4_128},
+    {"I4_64", 64, 36, i4_64},  {"I4_128", 128, 68, i4_128},  {"I8_32", 32, 36, i8_32},
 };
 
 }  // namespace

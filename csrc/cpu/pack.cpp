@@ -16,7 +16,7 @@ constexpr FormatInfo kFormats[] = {
     {"Q5_1", Format::kQ5_1, 5, 0, Scales::kHalfMin, 32, 24},  {"Q8_0", Format::kQ8_0, 8, 128, Scales::kHalf, 32, 34},
     {"Q4_K", Format::kQ4_K, 4, 0, Scales::kK, 256, 144},      {"Q5_K", Format::kQ5_K, 5, 0, Scales::kK, 256, 176},
     {"Q6_K", Format::kQ6_K, 6, 32, Scales::kQ6K, 256, 210},   {"I4_64", Format::kI4_64, 4, 0, Scales::kHalfMin, 64, 36},
-    {"I4_128", Format::kI4_128, 4, 0, Scales::kHalfMin, 128, 68},
+    {"I4_128", Format::kI4_128, 4, 0, Scales::kHalfMin, 128, 68},  {"I8_32", Format::kI8_32, 8, 0, Scales::kHalfMin, 32, 36},
 };
 
 constexpr std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
@@ -44,6 +44,7 @@ void read_codes(Format format, const std::uint8_t* b, int sub, std::uint8_t* cod
     case Format::kQ8_0:
       for (int i = 0; i < 32; ++i) codes[i] = static_cast<std::uint8_t>(b[2 + i] + 128);
       return;
+    case Format::kI8_32: std::memcpy(codes, b + 4, 32); return;
     case Format::kQ4_K:
     case Format::kQ5_K: {
       const std::uint8_t* q = b + (format == Format::kQ4_K ? 16 : 48) + 32 * (sub / 2);

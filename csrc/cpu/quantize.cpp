@@ -1,4 +1,4 @@
-// Weights to 8-bit blocks (symmetric) and to 4-bit blocks (scale and offset of least squared error).
+// Weights to blocks of 8 or 4 bits with the scale and offset of least squared error.
 #include "flexjudge/quantize.h"
 
 #include <cstring>
@@ -58,27 +58,14 @@ FLEXJUDGE_INLINE Range range_of(const float* x, int n) {
   return range;
 }
 
-FLEXJUDGE_CLONES void q8_0(const float* x, std::int64_t num_blocks, std::uint8_t* out) {
-  for (; num_blocks-- > 0; x += 32, out += 34) {
-    const Range range = range_of(x, 32);
-    const float largest = range.high > -range.low ? range.high : -range.low;
-    const float scale = as_half(largest / 127.0f), inverse = scale > 0 ? 1.0f / scale : 0.0f;
-    put_half(scale, out);
-    for (int i = 0; i < 32; ++i) {
-      const auto code = static_cast<std::int8_t>(rounded(clamped(x[i] * inverse, -127.0f, 127.0f)));
-      out[2 + i] = static_cast<std::uint8_t>(code);
-    }
-  }
-}
-
-// A block's value is scale * code + offset, code 0 to 15.
+// A block's value is scale * code + offset, code 0 to `largest`.
 struct Affine {
   float scale, offset;
 };
 
-FLEXJUDGE_INLINE void pick_codes(const float* x, int n, Affine a, float* codes) {
+FLEXJUDGE_INLINE void pick_codes(const float* x, int n, float largest, Affine a, float* codes) {
   const float inverse = a.scale > 0 ? 1.0f / a.scale : 0.0f;
-  for (int i = 0; i < n; ++i) codes[i] = rounded(clamped((x[i] - a.offset) * inverse, 0.0f, 15.0f));
+  for (int i = 0; i < n; ++i) codes[i] = rounded(clamped((x[i] - a.offset) * inverse, 0.0f, largest));
 }
 
 // Scale and offset of least squared error for given codes; sums are of x - low, which loses fewer digits.
@@ -111,19 +98,35 @@ FLEXJUDGE_INLINE float squared_error(const float* x, const float* codes, int n, 
   return total(sums);
 }
 
-FLEXJUDGE_CLONES void i4(const float* x, std::int64_t num_blocks, int n, std::uint8_t* out) {
+// Codes of 8 bits one after the other; of 4 bits the first and second 16 of each 32 share bytes.
+FLEXJUDGE_INLINE void put_codes(const float* codes, int n, int bits, std::uint8_t* out) {
+  if (bits == 8) {
+    for (int i = 0; i < n; ++i) out[i] = static_cast<std::uint8_t>(codes[i]);
+    return;
+  }
+  for (int tile = 0; tile < n; tile += 32) {
+    for (int j = 0; j < 16; ++j) {
+      const int low = static_cast<int>(codes[tile + j]), high = static_cast<int>(codes[tile + 16 + j]);
+      out[tile / 2 + j] = static_cast<std::uint8_t>(low | high << 4);
+    }
+  }
+}
+
+FLEXJUDGE_CLONES void affine(const float* x, std::int64_t num_blocks, int n, int bits, std::uint8_t* out) {
+  const float largest = bits == 8 ? 255.0f : 15.0f;
+  const int ranges = bits == 8 ? 1 : kRanges;
   float codes[kLongest], best_codes[kLongest];
-  for (; num_blocks-- > 0; x += n, out += 4 + n / 2) {
+  for (; num_blocks-- > 0; x += n, out += 4 + n * bits / 8) {
     const Range range = range_of(x, n);
     const float middle = 0.5f * (range.low + range.high), half_width = 0.5f * (range.high - range.low);
     float least = -1;
     Affine best{};
-    for (int i = 0; i < kRanges; ++i) {
+    for (int i = 0; i < ranges; ++i) {
       const float width = half_width * (1.0f - kStep * static_cast<float>(i));
-      pick_codes(x, n, {width / 7.5f, middle - width}, codes);
+      pick_codes(x, n, largest, {2.0f * width / largest, middle - width}, codes);
       const Affine fitted = fit(x, codes, n, range.low);
       const Affine stored{as_half(fitted.scale), as_half(fitted.offset)};
-      pick_codes(x, n, stored, codes);
+      pick_codes(x, n, largest, stored, codes);
       const float error = squared_error(x, codes, n, stored);
       if (least < 0 || error < least) {
         least = error;
@@ -133,26 +136,20 @@ FLEXJUDGE_CLONES void i4(const float* x, std::int64_t num_blocks, int n, std::ui
     }
     put_half(best.scale, out);
     put_half(best.offset, out + 2);
-    for (int tile = 0; tile < n; tile += 32) {
-      for (int j = 0; j < 16; ++j) {
-        const int low = static_cast<int>(best_codes[tile + j]), high = static_cast<int>(best_codes[tile + 16 + j]);
-        out[4 + tile / 2 + j] = static_cast<std::uint8_t>(low | high << 4);
-      }
-    }
+    put_codes(best_codes, n, bits, out + 4);
   }
 }
 
-void q4_1(const float* x, std::int64_t n, std::uint8_t* out) { i4(x, n, 32, out); }
-void i4_64(const float* x, std::int64_t n, std::uint8_t* out) { i4(x, n, 64, out); }
-void i4_128(const float* x, std::int64_t n, std::uint8_t* out) { i4(x, n, 128, out); }
+template <int kSize, int kBits>
+void blocks_of(const float* x, std::int64_t n, std::uint8_t* out) { affine(x, n, kSize, kBits, out); }
 
 }  // namespace
 
 QuantizeBlocks find_quantizer(std::string_view name) {
-  if (name == "Q8_0") return q8_0;
-  if (name == "Q4_1") return q4_1;
-  if (name == "I4_64") return i4_64;
-  return name == "I4_128" ? i4_128 : nullptr;
+  if (name == "I8_32") return blocks_of<32, 8>;
+  if (name == "Q4_1") return blocks_of<32, 4>;
+  if (name == "I4_64") return blocks_of<64, 4>;
+  return name == "I4_128" ? blocks_of<128, 4> : nullptr;
 }
 
 }  // namespace flexjudge

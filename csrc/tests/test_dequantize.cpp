@@ -35,7 +35,7 @@ std::unique_ptr<float[]> expand(const flexjudge::BlockFormat& f, const std::uint
 
 void test_bounds() {
   std::mt19937 random(1);
-  for (const char* name : {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "I4_64", "I4_128"}) {
+  for (const char* name : {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "I4_64", "I4_128", "I8_32"}) {
     const flexjudge::BlockFormat& f = format(name);
     for (std::int64_t n : {0, 1, 2, 3, 17}) {
       std::unique_ptr<std::uint8_t[]> bytes(new std::uint8_t[n * f.block_bytes]);

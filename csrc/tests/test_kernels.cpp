@@ -110,7 +110,7 @@ void test_draws() {
 
 int main() {
   test_pool();
-  for (int f = static_cast<int>(Format::kF32); f <= static_cast<int>(Format::kI4_128); ++f) {
+  for (int f = static_cast<int>(Format::kF32); f <= static_cast<int>(Format::kI8_32); ++f) {
     for (const std::int64_t tokens : {1, 5, 9, 13, 25, 61}) test_linear(static_cast<Format>(f), 37, 1 + tokens % 3, tokens, 1 + static_cast<int>(tokens % 3));
   }
   test_draws();

@@ -10,7 +10,7 @@ def dequantize(blocks: torch.Tensor, format_name: str) -> torch.Tensor:
 
     Args:
         blocks: uint8 [rows, bytes_per_row], contiguous rows of whole blocks.
-        format_name: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, I4_64 or I4_128.
+        format_name: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, I4_64, I4_128 or I8_32.
 
     Returns:
         float32 [rows, columns].
@@ -34,6 +34,7 @@ def dequantize_reference(blocks: torch.Tensor, format_name: str) -> torch.Tensor
         "Q6_K": (210, _q6_k),
         "I4_64": (36, _i4),
         "I4_128": (68, _i4),
+        "I8_32": (36, _i8),
     }[format_name]
     rows, row_bytes = blocks.shape
     if row_bytes % block_bytes:
@@ -69,6 +70,10 @@ def _q4_1(b: torch.Tensor) -> torch.Tensor:
 def _i4(b: torch.Tensor) -> torch.Tensor:
     runs = _nibbles(b[:, 4:].unflatten(1, (-1, 16)))  # [n, tiles, 32]: each 32 weights laid out as in Q4_1
     return _half(b[:, :2]) * runs.flatten(1).float() + _half(b[:, 2:4])
+
+
+def _i8(b: torch.Tensor) -> torch.Tensor:
+    return _half(b[:, :2]) * b[:, 4:].float() + _half(b[:, 2:4])
 
 
 def _q5_0(b: torch.Tensor) -> torch.Tensor:

@@ -5,18 +5,18 @@ import torch
 from flexjudge_fast.ops.backend import has_compiled_ops
 
 _RANGES, _STEP = 8, 0.04  # as in csrc/cpu/quantize.cpp
+_SIZES_BITS = {"I8_32": (32, 8), "Q4_1": (32, 4), "I4_64": (64, 4), "I4_128": (128, 4)}
 
 
 def quantize(weight: torch.Tensor, format_name: str) -> torch.Tensor:
     """Quantise rows, each block by itself.
 
-    Q8_0 is symmetric: a block's scale is its largest magnitude over 127. The 4-bit formats take the scale
-    and offset of least squared error, the best of eight ranges: all of a block's, and shorter ones about its
-    middle.
+    A block takes the scale and offset of least squared error for the codes that its whole range gives it;
+    with 4 bits shorter ranges about its middle are tried too, and the best of eight is kept.
 
     Args:
         weight: float32 [rows, columns], columns a multiple of the block's size.
-        format_name: Q8_0, Q4_1 (32 weights a block), I4_64 or I4_128.
+        format_name: I8_32, Q4_1 (32 weights a block of 4 bits), I4_64 or I4_128.
 
     Returns:
         uint8 [rows, bytes_per_row], as `dequantize` takes it. Values beyond a half float's range give scales
@@ -30,48 +30,42 @@ def quantize(weight: torch.Tensor, format_name: str) -> torch.Tensor:
 
 def quantize_reference(weight: torch.Tensor, format_name: str) -> torch.Tensor:
     """The same in plain torch; sums are rounded in another order, so that a few blocks differ by one code."""
-    size = {"Q8_0": 32, "Q4_1": 32, "I4_64": 64, "I4_128": 128}[format_name]
+    size, bits = _SIZES_BITS[format_name]
     if weight.shape[1] % size:
         raise RuntimeError(
             f"quantize: {format_name} needs a multiple of {size} columns, not {weight.shape[1]}"
         )
     x = weight.float().reshape(-1, size)  # [num_blocks, size]
-    blocks = _symmetric(x) if format_name == "Q8_0" else _affine(x)
-    return blocks.reshape(weight.shape[0], -1)
+    return _affine(x, bits).reshape(weight.shape[0], -1)
 
 
-def _symmetric(x: torch.Tensor) -> torch.Tensor:
-    """[num_blocks, 34]: a half-float scale, then int8 codes."""
-    scale = (x.abs().amax(1, keepdim=True) / 127).half()
-    inverse = torch.where(scale > 0, 1 / scale.float(), 0.0)
-    codes = (x * inverse).clamp(-127, 127).round().nan_to_num(0).to(torch.int8)
-    return torch.cat((scale.view(torch.uint8), codes.view(torch.uint8)), 1)
-
-
-def _affine(x: torch.Tensor) -> torch.Tensor:
-    """[num_blocks, 4 + size / 2]: half-float scale and offset, then 16 bytes for each 32 codes."""
+def _affine(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """[num_blocks, 4 + size * bits / 8]: half-float scale and offset, then the codes."""
+    largest = (1 << bits) - 1
     low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
     middle, half_width = 0.5 * (low + high), 0.5 * (high - low)
     least = torch.full_like(low, torch.inf)
     scale, offset, codes = low.half(), low.half(), torch.zeros_like(x)
-    for i in range(_RANGES):
+    for i in range(1 if bits == 8 else _RANGES):
         width = half_width * (1 - _STEP * i)
-        fitted = _fit(x, _codes(x, width / 7.5, middle - width), low)
+        fitted = _fit(x, _codes(x, 2 * width / largest, middle - width, largest), low)
         stored = [part.half() for part in fitted]
-        found = _codes(x, stored[0].float(), stored[1].float())
+        found = _codes(x, stored[0].float(), stored[1].float(), largest)
         error = (x - (stored[0].float() * found + stored[1].float())).square().sum(1, keepdim=True)
         better = error < least
         least = torch.where(better, error, least)
         scale, offset = torch.where(better, stored[0], scale), torch.where(better, stored[1], offset)
         codes = torch.where(better, found, codes)
-    runs = codes.to(torch.uint8).unflatten(1, (-1, 2, 16))  # [num_blocks, tiles, 2, 16]
-    packed = runs[:, :, 0] | runs[:, :, 1] << 4
-    return torch.cat((scale.view(torch.uint8), offset.view(torch.uint8), packed.flatten(1)), 1)
+    packed = codes.to(torch.uint8)
+    if bits == 4:
+        runs = packed.unflatten(1, (-1, 2, 16))  # [num_blocks, tiles, 2, 16]
+        packed = (runs[:, :, 0] | runs[:, :, 1] << 4).flatten(1)
+    return torch.cat((scale.view(torch.uint8), offset.view(torch.uint8), packed), 1)
 
 
-def _codes(x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+def _codes(x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, largest: int) -> torch.Tensor:
     inverse = torch.where(scale > 0, 1 / scale, 0.0)
-    return ((x - offset) * inverse).clamp(0, 15).round().nan_to_num(0)
+    return ((x - offset) * inverse).clamp(0, largest).round().nan_to_num(0)
 
 
 def _fit(x: torch.Tensor, codes: torch.Tensor, low: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,6 +24,7 @@ QUANT_FORMATS = (
     QuantFormat("Q6_K", 256, 210, (208,)),
     QuantFormat("I4_64", 64, 36, (0, 2)),  # Q4_1 with a scale and offset for 64 weights
     QuantFormat("I4_128", 128, 68, (0, 2)),
+    QuantFormat("I8_32", 32, 36, (0, 2)),  # 8-bit codes with a scale and an offset
 )
 
 

@@ -16,7 +16,7 @@ OWN_CONFIG = {
     "quant_method": "flexjudge",
     "version": 1,
 }  # config.json's `quantization_config` of `flexjudge quantize`
-_LAYER_FORMATS = {"int8": "Q8_0", "int4": "Q4_1", "int4-g64": "I4_64", "int4-g128": "I4_128"}
+_LAYER_FORMATS = {"int8": "I8_32", "int4": "Q4_1", "int4-g64": "I4_64", "int4-g128": "I4_128"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Quantization:
 
 def find_quantization(name: str) -> Quantization | None:
     """The quantisation of this name, if there is one."""
-    layers, tables = find_format(_LAYER_FORMATS.get(name, "")), find_format("Q8_0")
+    layers, tables = find_format(_LAYER_FORMATS.get(name, "")), find_format("I8_32")
     return None if layers is None or tables is None else Quantization(name, layers, tables)
 
 

@@ -166,6 +166,7 @@ FJ_INLINE void with_tiles(Format format, Call call) {
     case Format::kQ5_0: return call.template operator()<PackedTiles<5, Scales::kHalf>>();
     case Format::kQ5_1: return call.template operator()<PackedTiles<5, Scales::kHalfMin>>();
     case Format::kQ8_0: return call.template operator()<PackedTiles<8, Scales::kHalf>>();
+    case Format::kI8_32: return call.template operator()<PackedTiles<8, Scales::kHalfMin>>();
     case Format::kI4_64: return call.template operator()<PackedTiles<4, Scales::kHalfMin, 2>>();
     case Format::kI4_128: return call.template operator()<PackedTiles<4, Scales::kHalfMin, 4>>();
     case Format::kQ4_K: return call.template operator()<PackedTiles<4, Scales::kK, 8>>();

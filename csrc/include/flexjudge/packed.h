@@ -9,7 +9,9 @@ namespace flexjudge {
 constexpr std::int64_t kLanes = 16;      // output rows of a row block: one vector lane each
 constexpr std::int64_t kGroup = 32;      // columns of a tile; every quantised format has a scale per tile (or finer)
 
-enum class Format : std::int64_t { kF32, kF16, kBF16, kQ4_0, kQ4_1, kQ5_0, kQ5_1, kQ8_0, kQ4_K, kQ5_K, kQ6_K, kI4_64, kI4_128 };
+enum class Format : std::int64_t {
+  kF32, kF16, kBF16, kQ4_0, kQ4_1, kQ5_0, kQ5_1, kQ8_0, kQ4_K, kQ5_K, kQ6_K, kI4_64, kI4_128, kI8_32
+};
 
 // How a format's scales are stored.
 enum class Scales { kNone, kHalf, kHalfMin, kK, kQ6K };

@@ -8,7 +8,7 @@ namespace flexjudge {
 
 using QuantizeBlocks = void (*)(const float* values, std::int64_t num_blocks, std::uint8_t* blocks);
 
-// What writes blocks of the format called `name` ("Q8_0", "Q4_1", "I4_64" or "I4_128"), or nullptr.
+// What writes blocks of the format called `name` ("I8_32", "Q4_1", "I4_64" or "I4_128"), or nullptr.
 QuantizeBlocks find_quantizer(std::string_view name);
 
 }  // namespace flexjudge
