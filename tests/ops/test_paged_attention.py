@@ -155,9 +155,8 @@ def test_int8_against_what_was_stored(isa):
         bound = largest_value * (2 * moved).expm1() + value_step / 2
         assert (difference.abs() <= bound + 1e-5).all()
         errors += (difference.norm(dim=-1) / expected.norm(dim=-1)).flatten().tolist()
-    print(len(errors), sum(errors) / len(errors), max(errors))
-    assert sum(errors) / len(errors) <= 0.02
-    assert max(errors) <= 0.2
+    assert sum(errors) / len(errors) <= 0.015  # measured: 0.0105
+    assert max(errors) <= 0.12  # measured: 0.077
 
 
 def test_wrong_shapes_are_refused(compiled):

@@ -69,9 +69,7 @@ def test_beside_others_and_with_a_warm_cache(smollm2_path, kv_cache_dtype):
 def test_forked_preempted_and_behind_a_partial_block(tiny_folder, kv_cache_dtype):
     """Three samples of each prompt: tokens and log-probabilities of an engine of its own."""
     params = SamplingParams(temperature=1, seed=5, max_tokens=40, ignore_eos=True, logprobs=5, n=3)
-    prompts = [
-        [*PROMPT[: 7 * i + 60], i] for i in range(5)
-    ]  # each shares part of a block with the one before
+    prompts = [[*PROMPT[: 7 * i + 60], i] for i in range(5)]  # each shares a part of a block with the next
 
     def results(batch, **limits):
         limits = {"max_model_len": 512, "kv_cache_memory": "64MiB", **limits}
