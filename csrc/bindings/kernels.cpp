@@ -115,19 +115,23 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, const std::string& f
   return out;
 }
 
-Format cache_format(const Tensor& cache) {
+flexjudge::KvFormat cache_format(const Tensor& cache) {
   switch (cache.scalar_type()) {
-    case ScalarType::Float: return Format::kF32;
-    case ScalarType::Half: return Format::kF16;
-    case ScalarType::BFloat16: return Format::kBF16;
-    default: STD_TORCH_CHECK(false, "the KV cache must be float32, float16 or bfloat16");
+    case ScalarType::Float: return flexjudge::KvFormat::kF32;
+    case ScalarType::Half: return flexjudge::KvFormat::kF16;
+    case ScalarType::BFloat16: return flexjudge::KvFormat::kBF16;
+    case ScalarType::Char: return flexjudge::KvFormat::kInt8;
+    default: STD_TORCH_CHECK(false, "the KV cache must be float32, float16, bfloat16 or int8");
   }
 }
 
-// cache: [num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim]; inside a block the order is the kernels'.
-flexjudge::KvCache kv_cache(const Tensor& cache) {
+// cache: [num_layers, 2, num_blocks, block_size, num_kv_heads, row]; inside a block the order is the kernels'. A row
+// has head_dim elements, and in int8 four more for the scale.
+flexjudge::KvCache kv_cache(const Tensor& cache, int64_t num_kv_heads, int64_t head_dim) {
   check(cache.dim() == 6 && cache.is_contiguous(), "the KV cache must be contiguous with six dimensions");
-  return {data<uint8_t>(cache), cache_format(cache), cache.size(2), cache.size(3), cache.size(4), cache.size(5)};
+  const flexjudge::KvCache kv{data<uint8_t>(cache), cache_format(cache), cache.size(2), cache.size(3), num_kv_heads, head_dim};
+  check(cache.size(1) == 2 && cache.size(4) == num_kv_heads && cache.size(5) == head_dim + kv.scale_bytes(), "the KV cache does not have the model's heads");
+  return kv;
 }
 
 const int64_t* int64s(const Tensor& t) {
@@ -151,8 +155,8 @@ int64_t longest(const flexjudge::Sequences& s) {
 Tensor packed_attention(const Tensor& query, const Tensor& cache, int64_t layer, const Tensor& block_tables, const Tensor& query_start,
                         const Tensor& context_lens, double scale, int64_t threads) {
   check(query.scalar_type() == ScalarType::Float && query.dim() == 3 && query.is_contiguous(), "query must be contiguous float32 [num_tokens, num_heads, head_dim]");
-  const flexjudge::KvCache kv = kv_cache(cache);
-  check(query.size(2) == kv.head_dim && query.size(1) % kv.num_kv_heads == 0, "query and cache do not agree");
+  const flexjudge::KvCache kv = kv_cache(cache, cache.size(4), query.size(2));
+  check(query.size(1) % kv.num_kv_heads == 0 && layer >= 0 && layer < cache.size(0), "query, layer and cache do not agree");
   const flexjudge::AttentionShape shape{query.size(1), kv.num_kv_heads, kv.head_dim, static_cast<float>(scale)};
   const flexjudge::Sequences seqs = sequences(query_start, context_lens, block_tables);
   Tensor out = new_tensor<3>(query, {query.size(0), query.size(1), query.size(2)}, ScalarType::Float);
@@ -239,7 +243,7 @@ Tensor decoder(const Tensor& plan, const Tensor& hidden, const Tensor& cos, cons
                              static_cast<const float*>(sin.const_data_ptr()),
                              int64s(slots),
                              sequences(query_start, context_lens, block_tables),
-                             kv_cache(cache),
+                             kv_cache(cache, model.num_kv_heads, model.head_dim),
                              logit_rows.numel(),
                              int64s(logit_rows),
                              data<float>(logits)};

@@ -1,12 +1,16 @@
-// The thread pool, packed products and draws by themselves, for the sanitizers: every buffer is exactly as large as
-// the interface asks for.
+// The thread pool, packed products, attention, a decoder's steps and draws by themselves, for the sanitizers: every
+// buffer is exactly as large as the interface asks for.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <deque>
 #include <random>
 #include <vector>
 
 #include "flexjudge/decoder.h"
+#include "flexjudge/half.h"
 
 namespace flexjudge {
 extern const Kernels kernels_scalar;
@@ -22,6 +26,14 @@ void expect(bool good, const char* what) {
   if (good) return;
   std::printf("failed: %s\n", what);
   std::exit(1);
+}
+
+float random_float() { return static_cast<float>(random_bits() % 2001) / 1000.0f - 1.0f; }
+
+std::vector<float> random_floats(std::int64_t count) {
+  std::vector<float> out(static_cast<std::size_t>(count));
+  for (float& v : out) v = random_float();
+  return out;
 }
 
 struct Aligned {
@@ -71,8 +83,8 @@ void test_linear(Format which, std::int64_t rows, std::int64_t units, std::int64
   const std::vector<std::uint8_t> source = random_source(format, rows, columns);
   const Aligned packed(layout.bytes());
   pack_rows(format, source.data(), rows, columns, 0, layout.row_blocks, packed.data);
-  std::vector<float> x(static_cast<std::size_t>(tokens * columns)), out(static_cast<std::size_t>(tokens * rows)), row(static_cast<std::size_t>(columns));
-  for (float& v : x) v = static_cast<float>(random_bits() % 2001) / 1000.0f - 1.0f;
+  const std::vector<float> x = random_floats(tokens * columns);
+  std::vector<float> out(static_cast<std::size_t>(tokens * rows)), row(static_cast<std::size_t>(columns));
   Linear w;
   w.parts.push_back({packed.data, &format, rows, columns, layout});
   const Aligned scratch(kernels_scalar.linear_scratch_bytes(w, 2, tokens, threads));
@@ -88,6 +100,177 @@ void test_linear(Format which, std::int64_t rows, std::int64_t units, std::int64
       }
       expect(std::abs(exact - static_cast<double>(out[static_cast<std::size_t>(t * rows + r)])) <= 1e-4 * size + 1e-12, format.name.data());
     }
+  }
+}
+
+// Sequences of a step, block tables in no order, and the slots of the step's tokens.
+struct Batch {
+  std::vector<std::int64_t> query_start{0}, context_lens, tables, slots;
+  std::int64_t max_blocks, num_blocks, block_size;
+
+  Batch(const std::vector<std::int64_t>& contexts, const std::vector<std::int64_t>& counts, std::int64_t size, std::int64_t longest)
+      : context_lens(contexts), max_blocks((longest + size - 1) / size), block_size(size) {
+    num_blocks = max_blocks * static_cast<std::int64_t>(contexts.size());
+    for (std::int64_t i = 0; i < num_blocks; ++i) tables.push_back(num_blocks - 1 - i);
+    for (std::size_t s = 0; s < contexts.size(); ++s) {
+      query_start.push_back(query_start.back() + counts[s]);
+      for (std::int64_t p = contexts[s] - counts[s]; p < contexts[s]; ++p) slots.push_back(slot(s, p));
+    }
+  }
+  std::int64_t block(std::size_t s, std::int64_t position) const {
+    return tables[s * static_cast<std::size_t>(max_blocks) + static_cast<std::size_t>(position / block_size)];
+  }
+  std::int64_t slot(std::size_t s, std::int64_t position) const { return block(s, position) * block_size + position % block_size; }
+  std::int64_t num_tokens() const { return query_start.back(); }
+  Sequences sequences() const {
+    return {static_cast<std::int64_t>(context_lens.size()), query_start.data(), context_lens.data(), tables.data(), max_blocks};
+  }
+};
+
+// A cache of NaN: all bits set, in each format and in the int8 codes' scales.
+struct CacheMemory {
+  std::vector<std::uint8_t> bytes;
+  KvCache cache;
+
+  CacheMemory(KvFormat format, std::int64_t layers, std::int64_t num_blocks, std::int64_t block_size, std::int64_t num_kv_heads, std::int64_t head_dim)
+      : cache{nullptr, format, num_blocks, block_size, num_kv_heads, head_dim} {
+    bytes.assign(static_cast<std::size_t>(2 * layers * num_blocks * num_kv_heads * cache.head_bytes()), 0xff);
+    cache.data = bytes.data();
+  }
+
+  // Writes a random number, element `d` of a token's key or value, and returns what was stored of it.
+  double put(int side, std::int64_t block, std::int64_t head, std::int64_t offset, std::int64_t d) const {
+    std::uint8_t* base = cache.head(0, side, block, head);
+    std::uint8_t* at = base + cache.element_bytes() * (side == 0 ? d * cache.block_size + offset : offset * cache.head_dim + d);
+    const float value = random_float(), scale = 0.01f * static_cast<float>(offset + 1);
+    const std::uint16_t half = cache.format == KvFormat::kF16 ? float_to_half(value) : float_to_bf16(value);
+    switch (cache.format) {
+      case KvFormat::kF32: std::memcpy(at, &value, 4); return static_cast<double>(value);
+      case KvFormat::kF16: std::memcpy(at, &half, 2); return static_cast<double>(half_to_float(half));
+      case KvFormat::kBF16: std::memcpy(at, &half, 2); return static_cast<double>(bf16_to_float(half));
+      default:
+        *at = static_cast<std::uint8_t>(random_bits());
+        std::memcpy(cache.scale(base, offset), &scale, 4);
+        return static_cast<double>(scale) * static_cast<std::int8_t>(*at);
+    }
+  }
+};
+
+// Fills the caches of a batch's sequences. Returns what they hold, [side][sequence][position, KV head, dim].
+std::vector<std::vector<std::vector<double>>> fill(const CacheMemory& memory, const Batch& batch) {
+  const KvCache& cache = memory.cache;
+  std::vector<std::vector<std::vector<double>>> stored(2, std::vector<std::vector<double>>(batch.context_lens.size()));
+  for (int side = 0; side < 2; ++side) {
+    for (std::size_t s = 0; s < batch.context_lens.size(); ++s) {
+      for (std::int64_t p = 0; p < batch.context_lens[s]; ++p) {
+        for (std::int64_t i = 0; i < cache.num_kv_heads * cache.head_dim; ++i) {
+          stored[static_cast<std::size_t>(side)][s].push_back(memory.put(side, batch.block(s, p), i / cache.head_dim, p % cache.block_size, i % cache.head_dim));
+        }
+      }
+    }
+  }
+  return stored;
+}
+
+// Softmax attention of one query; the first key and value, and numbers from one position to the next.
+std::vector<double> attend_exactly(const float* query, float scale, const double* keys, const double* values, std::int64_t seen, std::int64_t stride, std::int64_t dim) {
+  std::vector<double> out(static_cast<std::size_t>(dim), 0.0);
+  double total = 0;
+  for (std::int64_t p = 0; p < seen; ++p) {
+    double score = 0;
+    for (std::int64_t d = 0; d < dim; ++d) score += static_cast<double>(query[d]) * keys[p * stride + d];
+    const double weight = std::exp(score * static_cast<double>(scale));
+    total += weight;
+    for (std::int64_t d = 0; d < dim; ++d) out[static_cast<std::size_t>(d)] += weight * values[p * stride + d];
+  }
+  for (double& v : out) v /= total;
+  return out;
+}
+
+void test_attention(KvFormat format, AttentionShape shape, std::int64_t block_size, int threads) {
+  const Batch batch({1, 18, 531}, {1, 7, 3}, block_size, 531);
+  const std::int64_t dim = shape.head_dim, width = shape.num_heads * dim;
+  const CacheMemory memory(format, 1, batch.num_blocks, block_size, shape.num_kv_heads, dim);
+  const auto stored = fill(memory, batch);
+  const std::vector<float> query = random_floats(batch.num_tokens() * width);
+  std::vector<float> out(query.size());
+  const Aligned scratch(kernels_scalar.attention_scratch_bytes(shape, 531, threads));
+  run_team(threads, [&](Team& team, int rank) {
+    kernels_scalar.attention(shape, query.data(), width, memory.cache, 0, batch.sequences(), out.data(), scratch.data, team, rank);
+  });
+  for (std::size_t s = 0; s < 3; ++s) {
+    for (std::int64_t t = batch.query_start[s]; t < batch.query_start[s + 1]; ++t) {
+      const std::int64_t seen = batch.context_lens[s] - (batch.query_start[s + 1] - 1 - t);
+      for (std::int64_t h = 0; h < shape.num_heads; ++h) {
+        const std::int64_t at = t * width + h * dim, head = h / (shape.num_heads / shape.num_kv_heads) * dim;
+        const std::vector<double> exact =
+            attend_exactly(query.data() + at, shape.scale, stored[0][s].data() + head, stored[1][s].data() + head, seen, shape.num_kv_heads * dim, dim);
+        for (std::int64_t d = 0; d < dim; ++d) {
+          expect(std::abs(exact[static_cast<std::size_t>(d)] - static_cast<double>(out[static_cast<std::size_t>(at + d)])) <= 2e-5, "attention");
+        }
+      }
+    }
+  }
+}
+
+// Two layers of random weights in several formats.
+struct SmallDecoder {
+  std::deque<Aligned> packed;
+  std::deque<std::vector<float>> floats;
+  Decoder model{};
+
+  explicit SmallDecoder(std::int64_t head_dim) {
+    model = {64, 96, 6, 2, head_dim, 1e-6f, 2, {}, random(64), linear({{Format::kF32, 37}}, 64)};
+    const std::int64_t heads = 6 * head_dim, kv = 2 * head_dim;
+    for (int i = 0; i < 2; ++i) {
+      Linear qkv = linear({{Format::kQ8_0, heads}, {Format::kQ8_0, kv}, {Format::kQ4_0, kv}}, 64);
+      qkv.bias = random(qkv.rows());
+      model.layers.push_back({random(64), qkv, linear({{Format::kBF16, 64}}, heads), random(64), linear({{Format::kQ5_1, 96}}, 64),
+                              linear({{Format::kQ8_0, 96}}, 64), linear({{Format::kQ4_1, 64}}, 96)});
+    }
+  }
+  const float* random(std::int64_t count) { return floats.emplace_back(random_floats(count)).data(); }
+  Linear linear(std::vector<std::pair<Format, std::int64_t>> parts, std::int64_t columns) {
+    Linear w;
+    for (const auto& [which, rows] : parts) {
+      const FormatInfo& format = format_info(which);
+      const PackedLayout layout = packed_layout(format, rows, columns);
+      const Aligned& memory = packed.emplace_back(layout.bytes());
+      pack_rows(format, random_source(format, rows, columns).data(), rows, columns, 0, layout.row_blocks, memory.data);
+      w.parts.push_back({memory.data, &format, rows, columns, layout});
+    }
+    return w;
+  }
+};
+
+// Logits of every token of a ragged prefill, then of a token more for each sequence.
+std::vector<float> run_decoder(const Decoder& model, KvFormat format, std::int64_t block_size, int threads, std::uint32_t seed) {
+  const std::vector<std::int64_t> lens{5, 1, 20, 300};
+  const Batch first(lens, lens, block_size, 301), last({6, 2, 21, 301}, {1, 1, 1, 1}, block_size, 301);
+  const CacheMemory memory(format, 2, last.num_blocks, block_size, model.num_kv_heads, model.head_dim);
+  random_bits.seed(seed);
+  std::vector<float> all;
+  for (const Batch* batch : {&first, &last}) {
+    const std::int64_t n = batch->num_tokens(), half = model.head_dim / 2;
+    std::vector<float> hidden = random_floats(n * model.hidden), cos = random_floats(n * half), sin = random_floats(n * half);
+    std::vector<std::int64_t> rows;
+    for (std::int64_t i = 0; i < n; ++i) rows.push_back(i);
+    std::vector<float> logits(static_cast<std::size_t>(n * model.head.rows()));
+    const Step step{n, hidden.data(), cos.data(), sin.data(), batch->slots.data(), batch->sequences(), memory.cache, n, rows.data(), logits.data()};
+    const Aligned scratch(kernels_scalar.decoder_scratch_bytes(model, n, *std::max_element(batch->context_lens.begin(), batch->context_lens.end()), threads));
+    run_team(threads, [&](Team& team, int rank) { kernels_scalar.decoder(model, step, scratch.data, team, rank); });
+    all.insert(all.end(), logits.begin(), logits.end());
+  }
+  return all;
+}
+
+void test_decoder(KvFormat format, std::int64_t head_dim, std::int64_t block_size) {
+  const SmallDecoder decoder(head_dim);
+  const auto seed = static_cast<std::uint32_t>(random_bits());
+  const std::vector<float> one = run_decoder(decoder.model, format, block_size, 1, seed);
+  for (const float v : one) expect(std::isfinite(v), "finite logits");
+  for (const int threads : {2, 3}) {
+    expect(run_decoder(decoder.model, format, block_size, threads, seed) == one, "the same logits on any number of threads");
   }
 }
 
@@ -112,6 +295,13 @@ int main() {
   test_pool();
   for (int f = static_cast<int>(Format::kF32); f <= static_cast<int>(Format::kI8_32); ++f) {
     for (const std::int64_t tokens : {1, 5, 9, 13, 25, 61}) test_linear(static_cast<Format>(f), 37, 1 + tokens % 3, tokens, 1 + static_cast<int>(tokens % 3));
+  }
+  for (const KvFormat format : {KvFormat::kF32, KvFormat::kF16, KvFormat::kBF16, KvFormat::kInt8}) {
+    test_attention(format, {6, 2, 32, 0.2f}, 16, 1);
+    test_attention(format, {14, 1, 16, 0.25f}, 48, 3);
+    test_attention(format, {3, 3, 19, 0.25f}, 7, 2);
+    test_decoder(format, 16, 16);
+    test_decoder(format, 20, 5);
   }
   test_draws();
   std::puts("ok");

@@ -10,6 +10,7 @@ from flexjudge_fast.errors import InvalidArgumentError
 
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KV_CACHE_DTYPES = {**DTYPES, "int8": torch.int8}
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,9 @@ class EngineConfig:
         block_size: tokens per KV block.
         kv_cache_memory: bytes, or a string such as "2GiB"; from `kv_cache_fraction` when `None`.
         kv_cache_fraction: share of the memory that is free after loading; 0.9 on a GPU, 0.25 on a CPU.
+        kv_cache_dtype: what keys and values are stored as: "auto" (the model's dtype), "float32", "bfloat16",
+            "float16" or "int8", which halves bfloat16's memory: 8-bit codes and a float scale per token and
+            KV head.
         prefix_caching: keep computed prefixes for later requests.
         activations: what activations become before a product with quantised weights, on the CPU: "int16"
             (greedy text is nearly always that of float32) or "int8" (faster on prompts and batches).
@@ -35,6 +39,7 @@ class EngineConfig:
     block_size: int = 16
     kv_cache_memory: int | str | None = None
     kv_cache_fraction: float | None = None
+    kv_cache_dtype: str = "auto"
     prefix_caching: bool = True
     activations: str = "int16"
     num_threads: int | None = None
@@ -42,6 +47,11 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.activations not in ("int16", "int8"):
             raise InvalidArgumentError(f'activations={self.activations!r}: must be "int16" or "int8"')
+        if self.kv_cache_dtype not in ("auto", *KV_CACHE_DTYPES):
+            known = ", ".join(KV_CACHE_DTYPES)
+            raise InvalidArgumentError(
+                f"kv_cache_dtype={self.kv_cache_dtype!r}: must be auto or one of {known}"
+            )
         for name in ("max_model_len", "max_num_seqs", "max_batched_tokens", "block_size", "num_threads"):
             value = getattr(self, name)
             if value is None and name in ("max_model_len", "num_threads"):

@@ -87,7 +87,8 @@ class Engine:
         Args:
             model: a Hugging Face folder, a hub id, or a `.gguf` file.
             device: "auto", "cpu", "cuda", "cuda:1".
-            dtype: of activations, KV cache and dense weights; "auto" is the checkpoint's own.
+            dtype: of activations, dense weights and (see `kv_cache_dtype`) the KV cache; "auto" is the
+                checkpoint's own.
             quantization: `None` keeps weights as stored. "int8" and "int4" quantise them at load ("int4-g64"
                 and "int4-g128" with groups of 64 or 128 weights instead of 32), embeddings and LM head always
                 to 8 bits. "dequantize" expands quantised ones to `dtype`.

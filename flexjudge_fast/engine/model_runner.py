@@ -10,7 +10,7 @@ from flexjudge_fast.models.config import DecoderConfig
 from flexjudge_fast.models.decoder import Decoder
 from flexjudge_fast.models.packed import PackedModel
 from flexjudge_fast.ops.backend import one_torch_thread
-from flexjudge_fast.ops.kv_cache import copy_blocks
+from flexjudge_fast.ops.kv_cache import copy_blocks, kv_row_size
 
 
 class ModelRunner:
@@ -19,6 +19,7 @@ class ModelRunner:
     def __init__(
         self,
         model: Decoder | PackedModel,
+        kv_dtype: torch.dtype,
         num_blocks: int,
         block_size: int,
         buffers: InputBuffers,
@@ -28,8 +29,9 @@ class ModelRunner:
         self.model = model
         self.buffers = buffers
         self.num_forward_tokens = 0
-        shape = (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_dim)
-        self.cache = torch.empty(shape, dtype=model.dtype, device=device)  # only written slots are ever read
+        row_size = kv_row_size(config.head_dim, kv_dtype)
+        shape = (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, row_size)
+        self.cache = torch.empty(shape, dtype=kv_dtype, device=device)  # only written slots are ever read
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> torch.Tensor:
@@ -56,4 +58,4 @@ class ModelRunner:
 
 def kv_bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
     """Bytes of keys and values that one token takes over all layers."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+    return 2 * config.num_layers * config.num_kv_heads * kv_row_size(config.head_dim, dtype) * dtype.itemsize

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from flexjudge_fast.engine.config import EngineConfig, num_kv_blocks, pick_device, pick_dtype
+from flexjudge_fast.engine.config import KV_CACHE_DTYPES, EngineConfig, num_kv_blocks, pick_device, pick_dtype
 from flexjudge_fast.engine.input_buffers import InputBuffers
 from flexjudge_fast.engine.model_runner import ModelRunner, kv_bytes_per_token
 from flexjudge_fast.engine.scheduler import Scheduler, SchedulerLimits
@@ -66,7 +66,8 @@ def load_parts(
         num_threads=config.num_threads or torch.get_num_threads(),
     )
     checkpoint.start_hashing()
-    block_bytes = config.block_size * kv_bytes_per_token(decoder, picked)
+    kv_dtype = KV_CACHE_DTYPES.get(config.kv_cache_dtype, picked)
+    block_bytes = config.block_size * kv_bytes_per_token(decoder, kv_dtype)
     num_blocks = num_kv_blocks(config, block_bytes, max_len, where)
     max_blocks = -(-max_len // config.block_size) + 1
     buffers = InputBuffers(
@@ -84,7 +85,7 @@ def load_parts(
         eos_ids=_eos_ids(checkpoint, tokenizer),
         max_model_len=max_len,
         scheduler=Scheduler(limits, num_blocks),
-        runner=ModelRunner(network, num_blocks, config.block_size, buffers, where),
+        runner=ModelRunner(network, kv_dtype, num_blocks, config.block_size, buffers, where),
     )
 
 

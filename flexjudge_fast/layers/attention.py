@@ -38,7 +38,7 @@ class Attention:
         cache: torch.Tensor,
         inputs: AttentionInput,
     ) -> torch.Tensor:
-        """x: [num_tokens, hidden]; cache: one layer's [2, num_blocks, block_size, num_kv_heads, head_dim]."""
+        """x: [num_tokens, hidden]; cache: one layer's [2, num_blocks, block_size, num_kv_heads, row_size]."""
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [num_tokens, q + k + v heads, head_dim]
         query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         write_kv(rotary_embedding(key, *cos_sin), value, cache, inputs.slot_mapping)

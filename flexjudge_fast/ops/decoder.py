@@ -109,8 +109,8 @@ def run_decoder(
     Args:
         hidden: [num_tokens, hidden] float32, the embedded tokens; overwritten.
         cos_sin: [num_tokens, head_dim / 2] float32 each.
-        cache: [num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim], written in place. Inside a
-            block the elements have the kernels' own order.
+        cache: [num_layers, 2, num_blocks, block_size, num_kv_heads, row_size], written in place; `row_size`
+            as in `ops/kv_cache.py`. Inside a block the elements have the kernels' own order.
         logit_rows: [num_rows] int64, tokens whose logits are needed.
 
     Returns:

@@ -1,7 +1,11 @@
 """Causal attention of new tokens over a paged KV cache, prefill and decode in one call."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F  # noqa: N812
+
+from flexjudge_fast.ops.kv_cache import from_kv_rows
 
 
 def paged_attention(
@@ -19,7 +23,7 @@ def paged_attention(
 
     Args:
         query: [num_tokens, num_heads, head_dim], the new tokens of all sequences, one after the other.
-        cache: [2, num_blocks, block_size, num_kv_heads, head_dim].
+        cache: [2, num_blocks, block_size, num_kv_heads, row_size], as `write_kv` fills it.
         block_tables: [num_seqs, max_blocks] int64; entries past a sequence's context are not read.
         query_start: `num_seqs + 1` offsets into `query`.
         context_lens: per sequence, tokens in the cache including the new ones.
@@ -33,8 +37,45 @@ def paged_attention(
     for i, context_len in enumerate(context_lens):
         start, end = query_start[i], query_start[i + 1]
         blocks = block_tables[i, : -(-context_len // block_size)]
-        keys, values = cache[:, blocks].flatten(1, 2)[:, :context_len].unbind(0)
-        out[start:end] = _attend(query[start:end], keys.to(query.dtype), values.to(query.dtype), scale)
+        rows = cache[:, blocks].flatten(1, 2)[:, :context_len]  # [2, context_len, num_kv_heads, row_size]
+        keys, values = from_kv_rows(rows, query.dtype).unbind(0)
+        out[start:end] = _attend(query[start:end], keys, values, scale)
+    return out
+
+
+def packed_attention(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    layer: int,
+    block_tables: torch.Tensor,
+    query_start: Sequence[int],
+    context_lens: Sequence[int],
+    scale: float,
+    threads: int,
+) -> torch.Tensor:
+    """`paged_attention` in the compiled kernels, over the cache that `run_decoder` fills.
+
+    Args:
+        query: [num_tokens, num_heads, head_dim] float32.
+        cache: [num_layers, 2, num_blocks, block_size, num_kv_heads, row_size] float32, float16, bfloat16 or
+            int8. Inside a block the elements have the kernels' own order (csrc/include/flexjudge/decoder.h).
+        layer: whose keys and values are read.
+        block_tables, query_start, context_lens, scale: as for `paged_attention`.
+
+    Returns:
+        [num_tokens, num_heads, head_dim] float32. A sequence's bits do not depend on the sequences beside it,
+        on how its tokens are cut into steps, nor on `threads`.
+    """
+    out: torch.Tensor = torch.ops.flexjudge.packed_attention(
+        query,
+        cache,
+        layer,
+        block_tables,
+        torch.tensor(query_start),
+        torch.tensor(context_lens),
+        scale,
+        threads,
+    )
     return out
 
 

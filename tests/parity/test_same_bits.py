@@ -37,17 +37,24 @@ def test_chunks_and_threads_quantised(smollm2_path, activations):
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
 @pytest.mark.parametrize("block_size", [3, 16, 48])
-def test_chunks_blocks_and_threads_dense(tiny_folder, block_size):
+def test_chunks_blocks_and_threads_dense(tiny_folder, block_size, kv_cache_dtype):
     """The block size may change where chunks of keys end, not what they hold: the bits are equal too."""
-    want = logits(tiny_folder)
+    cache = {"kv_cache_dtype": kv_cache_dtype}
+    want = logits(tiny_folder, **cache)
     for chunk, threads in ((1, 2), (7, 1), (300, 3)):
-        got = logits(tiny_folder, block_size=block_size, max_batched_tokens=chunk, num_threads=threads)
+        got = logits(
+            tiny_folder, **cache, block_size=block_size, max_batched_tokens=chunk, num_threads=threads
+        )
         assert torch.equal(got, want)
 
 
-def test_beside_others_and_with_a_warm_cache(smollm2_path):
-    engine = Engine.from_pretrained(smollm2_path, max_model_len=512, kv_cache_memory="256MiB")
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
+def test_beside_others_and_with_a_warm_cache(smollm2_path, kv_cache_dtype):
+    engine = Engine.from_pretrained(
+        smollm2_path, max_model_len=512, kv_cache_memory="256MiB", kv_cache_dtype=kv_cache_dtype
+    )
     params = SamplingParams(max_tokens=1)
     alone = engine.logits(PROMPT)
     others = [PROMPT[:150] + [9, 8, 7] * i for i in range(1, 12)]
@@ -56,3 +63,27 @@ def test_beside_others_and_with_a_warm_cache(smollm2_path):
     assert torch.equal(outputs[len(others)], alone)
     for i in (0, 5, 10):
         assert torch.equal(outputs[i], engine.logits(others[i]))
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["float32", "bfloat16", "int8"])
+def test_forked_preempted_and_behind_a_partial_block(tiny_folder, kv_cache_dtype):
+    """Three samples of each prompt: tokens and log-probabilities of an engine of its own."""
+    params = SamplingParams(temperature=1, seed=5, max_tokens=40, ignore_eos=True, logprobs=5, n=3)
+    prompts = [[*PROMPT[: 7 * i + 60], i] for i in range(5)]  # each shares a part of a block with the next
+
+    def results(batch, **limits):
+        limits = {"max_model_len": 512, "kv_cache_memory": "64MiB", **limits}
+        engine = Engine.from_pretrained(tiny_folder, kv_cache_dtype=kv_cache_dtype, **limits)
+        cold = [(c.token_ids, c.logprobs) for c in engine.generate(batch, params)]
+        assert [(c.token_ids, c.logprobs) for c in engine.generate(batch, params)] == cold
+        engine.check_integrity()
+        return cold, engine.stats()
+
+    want = [sample for prompt in prompts for sample in results([prompt])[0]]
+    together, stats = results(prompts)
+    assert together == want
+    assert stats.num_cached_tokens > 0
+    row_bytes = {"float32": 64, "bfloat16": 32, "int8": 20}[kv_cache_dtype]
+    tight, stats = results(prompts, kv_cache_memory=300 * 2 * 3 * 2 * row_bytes, num_threads=3)
+    assert tight == want
+    assert stats.num_preemptions > 0

@@ -6,12 +6,19 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <utility>
 
 #include "elementwise.h"
 #include "linear.h"
 
 namespace flexjudge::FJ_ISA {
+
+// Codes of an int8 cache. Their scales come in later: the keys' at the scores, the values' at the probabilities.
+struct Int8 {
+  using Stored = std::uint8_t;
+  static FJ_INLINE F get(const Stored* p) { return to_float(load_s8(p)); }
+};
 
 constexpr std::int64_t kChunk = 256;  // positions reduced together
 constexpr std::int64_t kMaxRows = 12;  // query rows (tokens times heads of one KV head) of a task
@@ -69,7 +76,7 @@ struct Partial {
 
 // One thread's memory.
 struct AttentionScratch {
-  float *query, *scores, *keys, *values, *partial, *merged;
+  float *query, *scores, *keys, *values, *key_scales, *value_scales, *partial, *merged;
   const std::uint8_t **key_tiles, **value_rows;
 
   AttentionScratch(Arena& arena, std::int64_t dim)
@@ -77,6 +84,8 @@ struct AttentionScratch {
         scores(arena.take<float>(kMaxRows * (kChunk + 16))),
         keys(arena.take<float>(kChunk * dim)),
         values(arena.take<float>(kChunk * dim)),
+        key_scales(arena.take<float>(kChunk)),
+        value_scales(arena.take<float>(kChunk)),
         partial(arena.take<float>(Partial::floats(dim))),
         merged(arena.take<float>(Partial::floats(dim))),
         key_tiles(arena.take<const std::uint8_t*>(kChunk)),
@@ -128,52 +137,60 @@ void weigh_values(const float* scores, std::int64_t score_stride, const std::uin
   }
 }
 
-// What the two loops above read of one chunk: tiles of keys with their width, and rows of values.
+// What the two loops above read of one chunk: tiles of 16 keys and rows of values, and what they are multiplied by.
 struct ChunkView {
-  std::int64_t num_tiles = 0, tile_width = 16, tile_stride = 16;
-  bool is_float = false;  // gathered into scratch as float32
+  std::int64_t num_tiles, tile_stride;
+  bool is_float;   // gathered into scratch as float32
+  bool is_scaled;  // `key_scales` and `value_scales` hold a factor for each position
 };
+
+// One position of an odd block or head size: copied, padded with zeros. `index`: in the chunk; `offset`: in the block.
+template <class Element>
+void gather_position(const std::uint8_t* keys, const std::uint8_t* values, std::int64_t offset, const KvCache& cache, std::int64_t index,
+                     std::int64_t dim, AttentionScratch& s) {
+  using Stored = typename Element::Stored;
+  const auto* key = reinterpret_cast<const Stored*>(keys) + offset;
+  const auto* value = reinterpret_cast<const Stored*>(values) + offset * cache.head_dim;
+  float* tile = s.keys + index / 16 * 16 * dim;
+  float* row = s.values + index * dim;
+  if (index % 16 == 0) std::fill_n(tile, 16 * dim, 0.0f);
+  std::fill_n(row, dim, 0.0f);
+  float lane[16];
+  for (std::int64_t d = 0; d < cache.head_dim; ++d) {
+    const Stored one[16] = {key[d * cache.block_size], value[d]};
+    store(lane, Element::get(one));
+    tile[d * 16 + index % 16] = lane[0];
+    row[d] = lane[1];
+  }
+  s.key_tiles[index / 16] = reinterpret_cast<const std::uint8_t*>(tile);
+  s.value_rows[index] = reinterpret_cast<const std::uint8_t*>(row);
+}
 
 template <class Element>
 ChunkView view_chunk(const KvCache& cache, std::int64_t layer, const std::int64_t* table, std::int64_t kv_head, std::int64_t begin,
                      std::int64_t end, std::int64_t dim, AttentionScratch& s) {
-  using Stored = typename Element::Stored;
-  const std::int64_t size = cache.block_size, head_dim = cache.head_dim, per_head = size * head_dim;
-  auto head = [&](int side, std::int64_t position) {
-    return reinterpret_cast<const Stored*>(cache.side(layer, side)) + table[position / size] * cache.block_elements() + kv_head * per_head;
-  };
-  ChunkView view;
-  if (size % 16 == 0 && head_dim % 16 == 0) {
-    view.tile_stride = size;
-    for (std::int64_t p = begin; p < end; p += 16) {
-      s.key_tiles[view.num_tiles++] = reinterpret_cast<const std::uint8_t*>(head(0, p) + p % size);
+  constexpr std::int64_t kBytes = sizeof(typename Element::Stored);
+  const std::int64_t size = cache.block_size, head_dim = cache.head_dim;
+  const bool is_odd = size % 16 != 0 || head_dim % 16 != 0;
+  for (std::int64_t p = begin, run; p < end; p += run) {  // block by block
+    const std::int64_t block = table[p / size], offset = p % size, index = p - begin;
+    run = std::min(size - offset, end - p);
+    std::uint8_t* keys = cache.head(layer, 0, block, kv_head);
+    std::uint8_t* values = cache.head(layer, 1, block, kv_head);
+    if (cache.scale_bytes() != 0) {
+      std::memcpy(s.key_scales + index, cache.scale(keys, offset), static_cast<std::size_t>(4 * run));
+      std::memcpy(s.value_scales + index, cache.scale(values, offset), static_cast<std::size_t>(4 * run));
     }
-    for (std::int64_t p = begin; p < end; ++p) {
-      s.value_rows[p - begin] = reinterpret_cast<const std::uint8_t*>(head(1, p) + p % size * head_dim);
+    for (std::int64_t i = 0; i < run; ++i) {
+      if (is_odd) {
+        gather_position<Element>(keys, values, offset + i, cache, index + i, dim, s);
+        continue;
+      }
+      if (i % 16 == 0) s.key_tiles[(index + i) / 16] = keys + (offset + i) * kBytes;
+      s.value_rows[index + i] = values + (offset + i) * head_dim * kBytes;
     }
-    return view;
   }
-  view.is_float = true;
-  float lane[16];
-  for (std::int64_t p = begin; p < end; ++p) {  // odd block sizes and head sizes: copied, padded with zeros
-    const Stored* keys = head(0, p) + p % size;
-    const Stored* values = head(1, p) + p % size * head_dim;
-    float* tile = s.keys + (p - begin) / 16 * 16 * dim;
-    float* row = s.values + (p - begin) * dim;
-    if ((p - begin) % 16 == 0) {
-      std::fill_n(tile, 16 * dim, 0.0f);
-      s.key_tiles[view.num_tiles++] = reinterpret_cast<const std::uint8_t*>(tile);
-    }
-    std::fill_n(row, dim, 0.0f);
-    for (std::int64_t d = 0; d < head_dim; ++d) {
-      Stored one[16] = {keys[d * size], values[d]};
-      store(lane, Element::get(one));
-      tile[d * 16 + (p - begin) % 16] = lane[0];
-      row[d] = lane[1];
-    }
-    s.value_rows[p - begin] = reinterpret_cast<const std::uint8_t*>(row);
-  }
-  return view;
+  return {(end - begin + 15) / 16, is_odd ? 16 : size, is_odd, cache.scale_bytes() != 0};
 }
 
 template <int kR, class Element>
@@ -197,6 +214,7 @@ void chunk_rows(const AttentionTask& task, const ChunkView& view, std::int64_t b
     float* row = s.scores + r * kStride;
     F largest = set1(-INFINITY), total = zero();
     for (std::int64_t j = 0; j < seen; j += 16) {
+      if (view.is_scaled) store(row + j, mul(load(row + j), load(s.key_scales + j)));
       largest = max(largest, keep_first(load(row + j), static_cast<int>(seen - j), -INFINITY));
     }
     out.largest[r] = max_lane(largest);
@@ -205,7 +223,7 @@ void chunk_rows(const AttentionTask& task, const ChunkView& view, std::int64_t b
       const F p = exp(sub(keep_first(load(row + j), static_cast<int>(seen - j), -INFINITY), top));
       const F kept = keep_first(p, static_cast<int>(seen - j), 0.0f);  // also where the row sees nothing
       total = add(total, kept);
-      store(row + j, kept);
+      store(row + j, view.is_scaled ? keep_first(mul(kept, load(s.value_scales + j)), static_cast<int>(seen - j), 0.0f) : kept);
     }
     out.total[r] = sum(total);
   }
@@ -337,9 +355,10 @@ void attend(const AttentionCall& call, std::uint8_t* scratch, Team& team, int ra
 // Ends without a barrier.
 inline void attend_any(const AttentionCall& call, std::uint8_t* scratch, Team& team, int rank) {
   switch (call.cache.format) {
-    case Format::kF32: return attend<F32>(call, scratch, team, rank);
-    case Format::kF16: return attend<F16>(call, scratch, team, rank);
-    default: return attend<BF16>(call, scratch, team, rank);
+    case KvFormat::kF32: return attend<F32>(call, scratch, team, rank);
+    case KvFormat::kF16: return attend<F16>(call, scratch, team, rank);
+    case KvFormat::kBF16: return attend<BF16>(call, scratch, team, rank);
+    case KvFormat::kInt8: return attend<Int8>(call, scratch, team, rank);
   }
 }
 

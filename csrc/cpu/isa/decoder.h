@@ -7,6 +7,7 @@
 
 #include "attention.h"
 #include "elementwise.h"
+#include "kv_store.h"
 
 namespace flexjudge::FJ_ISA {
 
@@ -104,28 +105,7 @@ class StepRunner {
         rotate(heads + h * m_.head_dim, step_.cos + t * half, step_.sin + t * half, half);
       }
       const float* keys = heads + m_.num_heads * m_.head_dim;
-      store_token(layer, step_.slots[t], keys, keys + m_.num_kv_heads * m_.head_dim);
-    }
-  }
-
-  void store_token(std::int64_t layer, std::int64_t slot, const float* keys, const float* values) const {
-    const KvCache& cache = step_.cache;
-    const std::int64_t size = cache.block_size, dim = cache.head_dim;
-    const std::int64_t block = slot / size * cache.block_elements(), offset = slot % size;
-    for (std::int64_t h = 0; h < cache.num_kv_heads; ++h) {
-      const std::int64_t head = block + h * size * dim;
-      for (std::int64_t d = 0; d < dim; ++d) {
-        put(cache.side(layer, 0), cache.format, head + d * size + offset, keys[h * dim + d]);
-        put(cache.side(layer, 1), cache.format, head + offset * dim + d, values[h * dim + d]);
-      }
-    }
-  }
-
-  static void put(std::uint8_t* base, Format format, std::int64_t i, float value) {
-    if (format == Format::kF32) {
-      reinterpret_cast<float*>(base)[i] = value;
-    } else {
-      reinterpret_cast<std::uint16_t*>(base)[i] = format == Format::kF16 ? float_to_half(value) : float_to_bf16(value);
+      store_token(step_.cache, layer, step_.slots[t], keys, keys + m_.num_kv_heads * m_.head_dim);
     }
   }
 

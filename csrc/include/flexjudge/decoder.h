@@ -58,18 +58,23 @@ struct Decoder {
   std::int64_t qkv_rows() const { return (num_heads + 2 * num_kv_heads) * head_dim; }
 };
 
-// One layer's paged keys and values. A block holds, per KV head, keys as [head_dim][block_size] and values as
-// [block_size][head_dim]; element type F32, F16 or BF16.
+enum class KvFormat { kF32, kF16, kBF16, kInt8 };
+
+// The paged keys and values of all layers. A side (keys or values) of a block holds, per KV head, keys as
+// [head_dim][block_size] or values as [block_size][head_dim]; int8 codes are followed by float scales [block_size].
 struct KvCache {
-  std::uint8_t* data;  // [num_layers, 2, num_blocks, block]
-  Format format;
+  std::uint8_t* data;  // [num_layers, 2, num_blocks, num_kv_heads, head_bytes()]
+  KvFormat format;
   std::int64_t num_blocks, block_size, num_kv_heads, head_dim;
 
-  std::int64_t element() const { return format == Format::kF32 ? 4 : 2; }
-  std::int64_t block_elements() const { return block_size * num_kv_heads * head_dim; }
-  std::uint8_t* side(std::int64_t layer, int values) const {
-    return data + (2 * layer + values) * num_blocks * block_elements() * element();
+  std::int64_t element_bytes() const { return format == KvFormat::kF32 ? 4 : format == KvFormat::kInt8 ? 1 : 2; }
+  std::int64_t scale_bytes() const { return format == KvFormat::kInt8 ? 4 : 0; }  // of a token and KV head
+  std::int64_t head_bytes() const { return block_size * (head_dim * element_bytes() + scale_bytes()); }
+  std::uint8_t* head(std::int64_t layer, int values, std::int64_t block, std::int64_t kv_head) const {
+    return data + (((2 * layer + values) * num_blocks + block) * num_kv_heads + kv_head) * head_bytes();
   }
+  // Of the token at `offset` in the block of `head`; four bytes that need not be aligned.
+  std::uint8_t* scale(std::uint8_t* head, std::int64_t offset) const { return head + block_size * head_dim + 4 * offset; }
 };
 
 // Which sequences the tokens of a step belong to; see `ops/paged_attention.py`.
