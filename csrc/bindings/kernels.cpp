@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <tuple>
 
 #include "flexjudge/decoder.h"
 
@@ -197,6 +198,12 @@ class PlanReader {
     }
     m.norm = floats();
     m.head = linear();
+    m.embed = matrix();
+    m.cos = floats();
+    m.sin = floats();
+    m.max_positions = next();
+    m.rope_sections.resize(static_cast<std::size_t>(next()));
+    for (int64_t& section : m.rope_sections) section = next();
     check(at_ == end_, "decoder: the plan is too long");
     return m;
   }
@@ -211,66 +218,69 @@ class PlanReader {
     flexjudge::Linear w;
     w.parts.resize(static_cast<std::size_t>(next()));
     w.bias = floats();
-    for (flexjudge::Matrix& part : w.parts) {
-      const auto* packed = reinterpret_cast<const uint8_t*>(next());
-      const auto& format = flexjudge::format_info(static_cast<Format>(next()));
-      const int64_t rows = next(), columns = next();
-      part = matrix(packed, format, rows, columns);
-    }
+    for (flexjudge::Matrix& part : w.parts) part = matrix();
     return w;
+  }
+  flexjudge::Matrix matrix() {
+    const auto* packed = reinterpret_cast<const uint8_t*>(next());
+    const auto& format = flexjudge::format_info(static_cast<Format>(next()));
+    const int64_t rows = next(), columns = next();
+    return ::matrix(packed, format, rows, columns);
   }
 
   const int64_t* at_;
   const int64_t* end_;
 };
 
-// One step of a whole decoder; see `ops/decoder.py`. Returns float32 [num_rows, vocab].
-Tensor decoder(const Tensor& plan, const Tensor& hidden, const Tensor& cos, const Tensor& sin, const Tensor& slots, const Tensor& block_tables,
-               const Tensor& query_start, const Tensor& context_lens, const Tensor& cache, const Tensor& logit_rows, const Tensor& scratch,
-               int64_t threads) {
-  const flexjudge::Decoder model = PlanReader(plan).decoder();
-  const int64_t n = hidden.size(0);
-  check(hidden.scalar_type() == ScalarType::Float && hidden.is_contiguous() && hidden.size(1) == model.hidden, "decoder: hidden must be contiguous float32");
-  check(cos.scalar_type() == ScalarType::Float && sin.scalar_type() == ScalarType::Float && cos.is_contiguous() && sin.is_contiguous() &&
-            cos.size(0) == n && sin.size(0) == n && cos.size(1) == model.head_dim / 2,
-        "decoder: cos and sin must be contiguous float32 [num_tokens, head_dim / 2]");
-  check(slots.numel() == n && logit_rows.numel() <= n, "decoder: slots and logit rows do not agree with hidden");
-  Tensor logits = new_tensor<2>(hidden, {logit_rows.numel(), model.head.rows()}, ScalarType::Float);
-  if (n == 0) return logits;
+// Decoders are held by address: parsed once, freed by `close_decoder`.
+int64_t open_decoder(const Tensor& plan) { return reinterpret_cast<int64_t>(new flexjudge::Decoder(PlanReader(plan).decoder())); }
+void close_decoder(int64_t handle) { delete reinterpret_cast<flexjudge::Decoder*>(handle); }
+
+void check_inputs(const flexjudge::Decoder& model, int64_t n, const int64_t* ids, const int64_t* positions) {
+  for (int64_t i = 0; i < n; ++i) check(ids[i] >= 0 && ids[i] < model.embed.rows, "decoder: a token id is out of range");
+  for (int64_t i = 0; i < n * static_cast<int64_t>(model.rope_sections.size()); ++i) {
+    check(positions[i] >= 0 && positions[i] < model.max_positions, "decoder: a position is out of range");
+  }
+}
+
+// One step of a whole decoder; see `ops/decoder.py`. Returns float32 [num_rows, vocab] and bool [num_rows].
+std::tuple<Tensor, Tensor> decoder(int64_t handle, const Tensor& token_ids, const Tensor& positions, const Tensor& slots, const Tensor& block_tables,
+                                   const Tensor& query_start, const Tensor& context_lens, const Tensor& cache, const Tensor& logit_rows,
+                                   const Tensor& scratch, int64_t threads) {
+  const auto& model = *reinterpret_cast<const flexjudge::Decoder*>(handle);
+  const int64_t n = token_ids.numel(), num_rows = logit_rows.numel();
+  check(slots.numel() == n && num_rows <= n && positions.numel() == n * static_cast<int64_t>(model.rope_sections.size()),
+        "decoder: ids, positions, slots and logit rows do not agree");
+  Tensor logits = new_tensor<2>(cache, {num_rows, model.head.rows()}, ScalarType::Float);
+  Tensor finite = new_tensor<1>(cache, {num_rows}, ScalarType::Bool);
+  std::fill_n(data<bool>(finite), num_rows, true);
+  if (n == 0) return {logits, finite};
+  check_inputs(model, n, int64s(token_ids), int64s(positions));
   const flexjudge::Step step{n,
-                             data<float>(hidden),
-                             static_cast<const float*>(cos.const_data_ptr()),
-                             static_cast<const float*>(sin.const_data_ptr()),
+                             int64s(token_ids),
+                             int64s(positions),
                              int64s(slots),
                              sequences(query_start, context_lens, block_tables),
                              kv_cache(cache, model.num_kv_heads, model.head_dim),
-                             logit_rows.numel(),
+                             num_rows,
                              int64s(logit_rows),
-                             data<float>(logits)};
+                             data<float>(logits),
+                             data<bool>(finite)};
   const Kernels& k = kernels();
   check(scratch.numel() >= k.decoder_scratch_bytes(model, n, longest(step.sequences), static_cast<int>(threads)) &&
             reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr()) % 64 == 0,
         "decoder: scratch is too small or not aligned to 64 bytes");
   flexjudge::run_team(static_cast<int>(threads), [&](flexjudge::Team& team, int rank) { k.decoder(model, step, data<uint8_t>(scratch), team, rank); });
-  return logits;
+  return {logits, finite};
 }
 
-int64_t decoder_scratch_bytes(const Tensor& plan, int64_t num_tokens, int64_t max_context, int64_t threads) {
-  return kernels().decoder_scratch_bytes(PlanReader(plan).decoder(), num_tokens, max_context, static_cast<int>(threads));
+int64_t decoder_scratch_bytes(int64_t handle, int64_t num_tokens, int64_t max_context, int64_t threads) {
+  const auto& model = *reinterpret_cast<const flexjudge::Decoder*>(handle);
+  return kernels().decoder_scratch_bytes(model, num_tokens, max_context, static_cast<int>(threads));
 }
 
 void check_logits(const Tensor& logits) {
   check(logits.scalar_type() == ScalarType::Float && logits.dim() == 2 && logits.is_contiguous(), "logits must be contiguous float32 [num_rows, vocab]");
-}
-
-// Returns bool [num_rows].
-Tensor finite_rows(const Tensor& logits, int64_t threads) {
-  check_logits(logits);
-  Tensor out = new_tensor<1>(logits, {logits.size(0)}, ScalarType::Bool);
-  const Kernels& k = kernels();
-  const auto* rows = static_cast<const float*>(logits.const_data_ptr());
-  for_each(logits.size(0), threads, [&](int64_t i) { data<bool>(out)[i] = k.all_finite(rows + i * logits.size(1), logits.size(1)); });
-  return out;
 }
 
 // draws: float64 [num_draws, 6], see `ops/sample.py`; banned: int64. Returns int64 [num_draws].
@@ -308,11 +318,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flexjudge, m) {
   m.def(
       "packed_attention(Tensor query, Tensor cache, int layer, Tensor block_tables, Tensor query_start, Tensor context_lens, "
       "float scale, int threads) -> Tensor");
+  m.def("open_decoder(Tensor plan) -> int");
+  m.def("close_decoder(int handle) -> ()");
   m.def(
-      "decoder(Tensor plan, Tensor(a!) hidden, Tensor cos, Tensor sin, Tensor slots, Tensor block_tables, Tensor query_start, "
-      "Tensor context_lens, Tensor(b!) cache, Tensor logit_rows, Tensor(c!) scratch, int threads) -> Tensor");
-  m.def("decoder_scratch_bytes(Tensor plan, int num_tokens, int max_context, int threads) -> int");
-  m.def("finite_rows(Tensor logits, int threads) -> Tensor");
+      "decoder(int handle, Tensor token_ids, Tensor positions, Tensor slots, Tensor block_tables, Tensor query_start, "
+      "Tensor context_lens, Tensor(a!) cache, Tensor logit_rows, Tensor(b!) scratch, int threads) -> (Tensor, Tensor)");
+  m.def("decoder_scratch_bytes(int handle, int num_tokens, int max_context, int threads) -> int");
   m.def("sample_tokens(Tensor logits, Tensor draws, Tensor banned, int threads) -> Tensor");
   m.def("format_id(str format) -> int");
   m.def("isa() -> str");
@@ -324,12 +335,13 @@ STABLE_TORCH_LIBRARY_IMPL(flexjudge, CPU, m) {
   m.impl("packed_linear", TORCH_BOX(&packed_linear));
   m.impl("packed_attention", TORCH_BOX(&packed_attention));
   m.impl("decoder", TORCH_BOX(&decoder));
-  m.impl("decoder_scratch_bytes", TORCH_BOX(&decoder_scratch_bytes));
-  m.impl("finite_rows", TORCH_BOX(&finite_rows));
+  m.impl("open_decoder", TORCH_BOX(&open_decoder));
   m.impl("sample_tokens", TORCH_BOX(&sample_tokens));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flexjudge, CompositeExplicitAutograd, m) {
+  m.impl("close_decoder", TORCH_BOX(&close_decoder));
+  m.impl("decoder_scratch_bytes", TORCH_BOX(&decoder_scratch_bytes));
   m.impl("format_id", TORCH_BOX(&format_id));
   m.impl("isa", TORCH_BOX(&isa));
   m.impl("packed_bytes", TORCH_BOX(&packed_bytes));

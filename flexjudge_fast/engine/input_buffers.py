@@ -27,27 +27,40 @@ class InputBuffers:
     ) -> None:
         self.block_size = block_size
         self.device = device
-        self._tokens = torch.zeros(3, max_tokens, dtype=torch.int64)  # ids, positions, slots
-        self._tables = torch.zeros(max_seqs, max_blocks, dtype=torch.int64)
+        # ids, positions, slots, logit rows; then what sequences have: query starts and context lengths
+        self._tokens = torch.zeros(4, max_tokens, dtype=torch.int64)
+        self._sequences = torch.zeros(2, max_seqs + 1, dtype=torch.int64)
+        self._tables = torch.zeros(max_seqs * max_blocks, dtype=torch.int64)
         # The same memory: numpy takes a tenth of torch's time for a few numbers.
-        self._numbers, self._table_rows = self._tokens.numpy(), self._tables.numpy()
+        self._numbers, self._starts_lens = self._tokens.numpy(), self._sequences.numpy()
+        self._table_numbers = self._tables.numpy()
 
     def fill(self, batch: Batch) -> ModelInput:
         """Write ids, positions, slots and block tables of `batch`."""
+        width = max((len(chunk.request.block_table) for chunk in batch.chunks), default=0)
         rows: list[int] = []
-        query_start, context_lens, at, width = [0], [], 0, 0
+        starts, lens = self._starts_lens
+        at = 0
         for i, chunk in enumerate(batch.chunks):
             end, table = at + chunk.num_tokens, chunk.request.block_table
-            self._table_rows[i, : len(table)] = table
-            self._fill_tokens(chunk, slice(at, end), self._table_rows[i])
+            row = self._table_numbers[i * width : (i + 1) * width]
+            row[: len(table)] = table
+            self._fill_tokens(chunk, slice(at, end), row)
             rows.extend(at + position - chunk.start for position in chunk.logit_positions)
-            query_start.append(end)
-            context_lens.append(chunk.end)
-            width, at = max(width, len(table)), end
-        ids, positions, slots = self._tokens[:, :at].to(self.device)
-        tables = self._tables[: len(batch.chunks), :width].to(self.device)
-        attention = AttentionInput(positions, slots, tables, query_start, context_lens)
-        return ModelInput(ids, attention, torch.tensor(rows, dtype=torch.int64, device=self.device))
+            starts[i + 1], lens[i] = end, chunk.end
+            at = end
+        self._numbers[3, : len(rows)] = rows
+        count = len(batch.chunks)
+        ids, positions, slots = self._tokens[:3, :at].to(self.device)
+        attention = AttentionInput(
+            positions,
+            slots,
+            self._tables[: count * width].view(count, width).to(self.device),
+            self._sequences[0, : count + 1],
+            self._sequences[1, :count],
+            max((chunk.end for chunk in batch.chunks), default=0),
+        )
+        return ModelInput(ids, attention, self._tokens[3, : len(rows)].to(self.device))
 
     def _fill_tokens(self, chunk: Chunk, where: slice, table: "np.ndarray[Any, np.dtype[np.int64]]") -> None:
         """Ids, positions and slots of one chunk. table: [max_blocks]."""

@@ -34,13 +34,17 @@ class ModelRunner:
         self.cache = torch.empty(shape, dtype=kv_dtype, device=device)  # only written slots are ever read
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> torch.Tensor:
-        """Returns [num_rows, vocab_size] float32, the chunks' `logit_positions` in order."""
+    def run(self, batch: Batch) -> tuple[torch.Tensor, list[bool]]:
+        """The logits of the chunks' `logit_positions`, in order.
+
+        Returns:
+            [num_rows, vocab_size] float32; for each row whether its logits are all finite.
+        """
         inputs = self.buffers.fill(batch)
         copy_blocks(self.cache, batch.block_copies)
-        logits = self.model.step(inputs.token_ids, inputs.attention, self.cache, inputs.logit_rows)
+        logits, finite = self.model.step(inputs.token_ids, inputs.attention, self.cache, inputs.logit_rows)
         self.num_forward_tokens += batch.num_tokens
-        return logits
+        return logits, finite.tolist()
 
     @property
     def num_threads(self) -> int:

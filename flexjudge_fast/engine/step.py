@@ -13,7 +13,7 @@ from flexjudge_fast.engine.sampler import draw_of, log_probs, sample_among, top_
 from flexjudge_fast.engine.scheduler import Scheduler
 from flexjudge_fast.engine.stats import EngineStats
 from flexjudge_fast.errors import NumericalError
-from flexjudge_fast.ops.sample import Draw, finite_rows, sample_tokens
+from flexjudge_fast.ops.sample import Draw, sample_tokens
 from flexjudge_fast.prompts.grammar import AnswerState
 
 
@@ -42,8 +42,7 @@ class Stepper:
         batch = self.scheduler.schedule()
         try:
             with self.runner.threads():
-                logits = self.runner.run(batch)
-                self._postprocess(batch, logits)
+                self._postprocess(batch, *self.runner.run(batch))
         except BaseException:
             ran = {chunk.request.id for chunk in batch.chunks}
             for request in [*self.scheduler.running, *self.scheduler.waiting]:
@@ -73,10 +72,9 @@ class Stepper:
             num_cached_tokens=scheduler.num_cached_tokens,
         )
 
-    def _postprocess(self, batch: Batch, logits: torch.Tensor) -> None:
-        """logits: [num_rows, vocab_size], the chunks' `logit_positions` in order."""
+    def _postprocess(self, batch: Batch, logits: torch.Tensor, finite: Sequence[bool]) -> None:
+        """logits: [num_rows, vocab_size], the chunks' `logit_positions` in order; `finite`: which rows are."""
         self.scheduler.commit(batch)
-        finite = finite_rows(logits, self.runner.num_threads)
         drawing: list[tuple[Request, int]] = []  # a sample that draws, and its row
         done: list[Request] = []
         end = 0

@@ -17,8 +17,9 @@ class AttentionInput:
     positions: torch.Tensor  # [num_tokens] int64
     slot_mapping: torch.Tensor  # [num_tokens] int64
     block_tables: torch.Tensor  # [num_seqs, max_blocks] int64
-    query_start: list[int]  # num_seqs + 1 offsets
-    context_lens: list[int]  # num_seqs, new tokens included
+    query_start: torch.Tensor  # [num_seqs + 1] int64, on the CPU: offsets into the tokens
+    context_lens: torch.Tensor  # [num_seqs] int64, on the CPU: new tokens included
+    max_context: int  # the largest of context_lens
 
 
 class Attention:
@@ -46,8 +47,8 @@ class Attention:
             rotary_embedding(query, *cos_sin),
             cache,
             inputs.block_tables,
-            inputs.query_start,
-            inputs.context_lens,
+            inputs.query_start.tolist(),
+            inputs.context_lens.tolist(),
             self.head_dim**-0.5,
         )
         return self.out(attended.flatten(1))

@@ -64,9 +64,14 @@ class Decoder:
 
     def step(
         self, token_ids: torch.Tensor, inputs: AttentionInput, cache: torch.Tensor, logit_rows: torch.Tensor
-    ) -> torch.Tensor:
-        """`forward`, then the logits of `logit_rows` [num_rows]: [num_rows, vocab_size] float32."""
-        return self.logits(self.forward(token_ids, inputs, cache)[logit_rows])
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward`, then the logits of `logit_rows` [num_rows].
+
+        Returns:
+            Logits [num_rows, vocab_size] float32; bool [num_rows], whether a row's are all finite.
+        """
+        logits = self.logits(self.forward(token_ids, inputs, cache)[logit_rows])
+        return logits, torch.isfinite(logits).all(-1)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[num_rows, hidden] to [num_rows, vocab_size] float32."""

@@ -15,7 +15,7 @@ from flexjudge_fast.ops.decoder import (
     PackedLinear,
     run_decoder,
 )
-from flexjudge_fast.ops.packed import PackedMatrix, WeightMemory, pack, packed_bytes, unpack
+from flexjudge_fast.ops.packed import PackedMatrix, WeightMemory, pack, packed_bytes
 from flexjudge_fast.weights.tensor import QuantTensor, Weight
 
 _DENSE_FORMATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -33,10 +33,9 @@ class PackedModel:
         config = self.config = model.config
         self.dtype = model.dtype
         self.num_threads = num_threads
-        self.rotary = model.rotary
         packer = _Packer(model)
         head = packer.linear(model.lm_head)
-        self.embed = head.parts[0] if config.tie_word_embeddings else packer.matrix(model.embed.weight)
+        embed = head.parts[0] if config.tie_word_embeddings else packer.matrix(model.embed.weight)
         layers = []
         while model.layers:  # one at a time, so that only one is there in both forms
             layers.append(packer.layer(model.layers.pop(0), config.intermediate_size))
@@ -52,22 +51,28 @@ class PackedModel:
                 layers,
                 model.norm.weight.float(),
                 head,
+                embed,
+                model.rotary.cos,
+                model.rotary.sin,
+                [config.head_dim // 2],
             )
         )
 
     def step(
         self, token_ids: torch.Tensor, inputs: AttentionInput, cache: torch.Tensor, logit_rows: torch.Tensor
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Decoder.step`; the cache's blocks have the kernels' inner order."""
         step = DecoderStep(
+            token_ids,
+            inputs.positions,
             inputs.slot_mapping,
-            inputs.block_tables.contiguous(),
+            inputs.block_tables,
             inputs.query_start,
             inputs.context_lens,
+            logit_rows,
+            inputs.max_context,
         )
-        hidden = unpack(self.embed, token_ids)
-        cos_sin = self.rotary(inputs.positions, torch.float32)
-        return run_decoder(self.plan, hidden, cos_sin, step, cache, logit_rows, self.num_threads)
+        return run_decoder(self.plan, step, cache, self.num_threads)
 
 
 class _Packer:

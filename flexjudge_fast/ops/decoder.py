@@ -1,6 +1,7 @@
 """A whole decoder step in one call on the CPU: every layer, then the logits that are needed."""
 
 import struct
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,16 +48,24 @@ class PackedDecoder:
     layers: Sequence[PackedLayer]
     norm: torch.Tensor
     head: PackedLinear
+    embed: PackedMatrix
+    cos: torch.Tensor  # [max_positions, head_dim / 2] float32
+    sin: torch.Tensor
+    rope_sections: Sequence[int]  # of head_dim / 2, for M-RoPE; plain RoPE has one
 
 
 @dataclass(frozen=True)
 class DecoderStep:
-    """Where a step's tokens live; the tensors are int64, contiguous, on the CPU."""
+    """A step's tokens and where they live; int64, contiguous, on the CPU."""
 
+    token_ids: torch.Tensor  # [num_tokens]
+    positions: torch.Tensor  # [num_tokens], or [num_sections, num_tokens]
     slots: torch.Tensor  # [num_tokens]
     block_tables: torch.Tensor  # [num_seqs, max_blocks]
-    query_start: Sequence[int]  # num_seqs + 1
-    context_lens: Sequence[int]  # num_seqs
+    query_start: torch.Tensor  # [num_seqs + 1]
+    context_lens: torch.Tensor  # [num_seqs]
+    logit_rows: torch.Tensor  # [num_rows], tokens whose logits are needed
+    max_context: int  # the largest of context_lens
 
 
 class DecoderPlan:
@@ -76,8 +85,11 @@ class DecoderPlan:
             numbers += [layer.input_norm.data_ptr(), *_linear(layer.qkv), *_linear(layer.out)]
             numbers += [layer.post_norm.data_ptr()]
             numbers += [*_linear(layer.gate), *_linear(layer.up), *_linear(layer.down)]
-        numbers += [model.norm.data_ptr(), *_linear(model.head)]
-        self.numbers = torch.tensor(numbers, dtype=torch.int64)
+        numbers += [model.norm.data_ptr(), *_linear(model.head), *_matrix(model.embed)]
+        numbers += [model.cos.data_ptr(), model.sin.data_ptr(), len(model.cos)]
+        numbers += [len(model.rope_sections), *model.rope_sections]
+        self.handle: int = torch.ops.flexjudge.open_decoder(torch.tensor(numbers, dtype=torch.int64))
+        weakref.finalize(self, torch.ops.flexjudge.close_decoder, self.handle)
 
     def scratch(self, num_tokens: int, max_context: int, threads: int) -> torch.Tensor:
         """uint8, 64-byte aligned, enough for such a step; kept from step to step, so that it stays mapped."""
@@ -89,52 +101,49 @@ class DecoderPlan:
                 max(context, 2 * max_context),  # grows with every token
                 max(most_threads, threads),
             )
-            size = torch.ops.flexjudge.decoder_scratch_bytes(self.numbers, *self._room)
+            size = torch.ops.flexjudge.decoder_scratch_bytes(self.handle, *self._room)
             memory = torch.empty(size + 64, dtype=torch.uint8)
             self._scratch = memory[-memory.data_ptr() % 64 :]
         return self._scratch
 
 
 def run_decoder(
-    plan: DecoderPlan,
-    hidden: torch.Tensor,
-    cos_sin: tuple[torch.Tensor, torch.Tensor],
-    step: DecoderStep,
-    cache: torch.Tensor,
-    logit_rows: torch.Tensor,
-    threads: int,
-) -> torch.Tensor:
-    """Run every layer, the final norm and the LM head. Its reference is the plain torch `Decoder`.
+    plan: DecoderPlan, step: DecoderStep, cache: torch.Tensor, threads: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embed the tokens, run every layer, the final norm and the LM head.
+
+    Its reference is the plain torch `Decoder`.
 
     Args:
-        hidden: [num_tokens, hidden] float32, the embedded tokens; overwritten.
-        cos_sin: [num_tokens, head_dim / 2] float32 each.
         cache: [num_layers, 2, num_blocks, block_size, num_kv_heads, row_size], written in place; `row_size`
             as in `ops/kv_cache.py`. Inside a block the elements have the kernels' own order.
-        logit_rows: [num_rows] int64, tokens whose logits are needed.
 
     Returns:
-        [num_rows, vocab_size] float32.
+        Logits [num_rows, vocab_size] float32; bool [num_rows], whether a row's are all finite.
     """
-    out: torch.Tensor = torch.ops.flexjudge.decoder(
-        plan.numbers,
-        hidden,
-        *cos_sin,
+    logits, finite = torch.ops.flexjudge.decoder(
+        plan.handle,
+        step.token_ids,
+        step.positions,
         step.slots,
         step.block_tables,
-        torch.tensor(step.query_start),
-        torch.tensor(step.context_lens),
+        step.query_start,
+        step.context_lens,
         cache,
-        logit_rows,
-        plan.scratch(len(hidden), max(step.context_lens), threads),
+        step.logit_rows,
+        plan.scratch(len(step.token_ids), step.max_context, threads),
         threads,
     )
-    return out
+    return logits, finite
 
 
 def _linear(linear: PackedLinear) -> list[int]:
     numbers = [len(linear.parts), 0 if linear.bias is None else linear.bias.data_ptr()]
     for part in linear.parts:
-        numbers += [part.data.data_ptr(), torch.ops.flexjudge.format_id(part.format_name)]
-        numbers += [part.rows, part.columns]
+        numbers += _matrix(part)
     return numbers
+
+
+def _matrix(matrix: PackedMatrix) -> list[int]:
+    format_id = torch.ops.flexjudge.format_id(matrix.format_name)
+    return [matrix.data.data_ptr(), format_id, matrix.rows, matrix.columns]

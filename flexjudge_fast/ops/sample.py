@@ -1,4 +1,4 @@
-"""Draws tokens from rows of logits, and tells which rows are finite."""
+"""Draws tokens from rows of logits."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,13 +68,3 @@ def _truncate(probs: torch.Tensor, ids: torch.Tensor, draw: Draw) -> tuple[torch
     keep = (before < draw.top_p * probs.sum()) | (draw.top_p >= 1)
     keep &= probs >= draw.min_p * probs[0]
     return probs[keep], ids[keep]
-
-
-def finite_rows(logits: torch.Tensor, threads: int) -> list[bool]:
-    """Which rows hold neither NaN nor infinity. logits: [num_rows, vocab_size] float32."""
-    if logits.device.type == "cpu" and has_compiled_ops():
-        finite = torch.ops.flexjudge.finite_rows(logits, threads)
-    else:
-        finite = torch.isfinite(logits).all(dim=-1)
-    rows: list[bool] = finite.tolist()
-    return rows

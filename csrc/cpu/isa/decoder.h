@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <utility>
 
@@ -25,7 +26,7 @@ constexpr std::int64_t kOwnInputs = 4;
 // Where a step keeps what passes from phase to phase, and what each thread works in.
 struct StepMemory {
   std::uint8_t *acts, *mlp_acts, *attention, *threads;
-  float *qkv, *attended, *rows;
+  float *hidden, *cos, *sin, *qkv, *attended, *rows;  // `hidden`: the residual stream
   std::int64_t own_acts, panel, row;  // bytes of a thread's own inputs and panel, floats of the longest row
 
   StepMemory(const Decoder& m, std::int64_t num_tokens, std::int64_t max_context, int num_threads, Arena& arena) {
@@ -35,6 +36,9 @@ struct StepMemory {
     own_acts = activation_bytes(std::min(num_tokens, kOwnInputs), width, m.terms);
     acts = arena.take<std::uint8_t>(std::max(activation_bytes(num_tokens, width, m.terms), num_threads * own_acts));
     mlp_acts = arena.take<std::uint8_t>(activation_bytes(num_tokens, m.intermediate, m.terms));
+    hidden = arena.take<float>(num_tokens * m.hidden);
+    cos = arena.take<float>(num_tokens * m.head_dim / 2);
+    sin = arena.take<float>(num_tokens * m.head_dim / 2);
     qkv = arena.take<float>(num_tokens * m.qkv_rows());
     attended = arena.take<float>(num_tokens * heads);
     attention = arena.take<std::uint8_t>(attention_scratch_bytes(m.attention(), max_context, num_threads));
@@ -51,6 +55,7 @@ class StepRunner {
         scratch_(memory.threads, memory.panel, rank), row_(memory.rows + rank * memory.row) {}
 
   void run() {
+    embed();
     for (std::size_t i = 0; i < m_.layers.size(); ++i) {
       attention_block(m_.layers[i], static_cast<std::int64_t>(i));
       mlp_block(m_.layers[i], i + 1 < m_.layers.size() ? m_.layers[i + 1].qkv : m_.head);
@@ -59,6 +64,25 @@ class StepRunner {
   }
 
  private:
+  // The tokens' rows of the embedding table, and the angles of their positions.
+  void embed() {
+    const std::int64_t half = m_.head_dim / 2;
+    const Share share(step_.num_tokens, rank_, size_);
+    for (std::int64_t t = share.begin; t < share.end; ++t) {
+      const Matrix& table = m_.embed;
+      unpack_row(*table.format, table.data, table.rows, table.columns, step_.token_ids[t], memory_.hidden + t * m_.hidden);
+      std::int64_t pair = 0;
+      for (std::size_t section = 0; section < m_.rope_sections.size(); ++section) {
+        const std::int64_t position = step_.positions[static_cast<std::int64_t>(section) * step_.num_tokens + t];
+        const std::int64_t from = position * half + pair, count = m_.rope_sections[section];
+        std::copy_n(m_.cos + from, count, memory_.cos + t * half + pair);
+        std::copy_n(m_.sin + from, count, memory_.sin + t * half + pair);
+        pair += count;
+      }
+    }
+    team_.barrier();
+  }
+
   // A layer's input: `row_of(t)` for each of `rows` tokens, quantised as the layers `readers` want it.
   template <class RowOf>
   Activations prepare(Forms readers, std::int64_t rows, std::int64_t columns, RowOf row_of) {
@@ -73,7 +97,7 @@ class StepRunner {
 
   Activations norm(const float* weight, Forms readers, std::int64_t rows, const std::int64_t* ids) {
     return prepare(readers, rows, m_.hidden, [&](std::int64_t t) {
-      rms_norm(step_.hidden + (ids != nullptr ? ids[t] : t) * m_.hidden, weight, m_.eps, m_.hidden, row_);
+      rms_norm(memory_.hidden + (ids != nullptr ? ids[t] : t) * m_.hidden, weight, m_.eps, m_.hidden, row_);
       return row_;
     });
   }
@@ -90,7 +114,7 @@ class StepRunner {
     team_.barrier();
     const std::int64_t width = m_.num_heads * m_.head_dim;
     const Activations y = prepare(Forms({&layer.out}), step_.num_tokens, width, [&](std::int64_t t) { return memory_.attended + t * width; });
-    apply_linear<true>(layer.out, y, step_.hidden, m_.hidden, scratch_, rank_, size_);
+    apply_linear<true>(layer.out, y, memory_.hidden, m_.hidden, scratch_, rank_, size_);
     warm(layer.gate, rank_, size_);
     warm(layer.up, rank_, size_);
     team_.barrier();
@@ -102,7 +126,7 @@ class StepRunner {
     for (std::int64_t t = share.begin; t < share.end; ++t) {
       float* heads = memory_.qkv + t * m_.qkv_rows();
       for (std::int64_t h = 0; h < m_.num_heads + m_.num_kv_heads; ++h) {
-        rotate(heads + h * m_.head_dim, step_.cos + t * half, step_.sin + t * half, half);
+        rotate(heads + h * m_.head_dim, memory_.cos + t * half, memory_.sin + t * half, half);
       }
       const float* keys = heads + m_.num_heads * m_.head_dim;
       store_token(step_.cache, layer, step_.slots[t], keys, keys + m_.num_kv_heads * m_.head_dim);
@@ -120,7 +144,7 @@ class StepRunner {
     }
     warm(layer.down, rank_, size_);
     team_.barrier();
-    apply_linear<true>(layer.down, y, step_.hidden, m_.hidden, scratch_, rank_, size_);
+    apply_linear<true>(layer.down, y, memory_.hidden, m_.hidden, scratch_, rank_, size_);
     warm(next, rank_, size_);
     team_.barrier();
   }
@@ -157,6 +181,15 @@ class StepRunner {
     if (step_.num_rows == 0) return;
     const Activations x = norm(m_.norm, Forms({&m_.head}), step_.num_rows, step_.logit_rows);
     apply_linear<false>(m_.head, x, step_.logits, m_.head.rows(), scratch_, rank_, size_);
+    std::int64_t begin = m_.head.rows(), end = 0;  // of the rank's own logits
+    for_row_blocks(m_.head, rank_, size_, [&](const Matrix&, std::int64_t, std::int64_t row) {
+      begin = std::min(begin, row);
+      end = std::min(row + kLanes, m_.head.rows());
+    });
+    for (std::int64_t r = 0; r < step_.num_rows && begin < end; ++r) {
+      const bool good = all_finite(step_.logits + r * m_.head.rows() + begin, end - begin);
+      if (!good) std::atomic_ref(step_.finite[r]).store(false, std::memory_order_relaxed);
+    }
   }
 
   const Decoder& m_;

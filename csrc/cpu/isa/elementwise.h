@@ -49,6 +49,15 @@ inline void rms_norm(const float* x, const float* weight, float eps, std::int64_
   }
 }
 
+inline bool all_finite(const float* row, std::int64_t size) {
+  F poison = zero();  // x - x is 0, or NaN where x is not finite
+  for (std::int64_t i = 0; i < size; i += 16) {
+    const F x = load_n(row + i, static_cast<int>(size - i < 16 ? size - i : 16));
+    poison = add(poison, sub(x, x));
+  }
+  return sum(poison) == 0.0f;
+}
+
 // Rotates the pairs (i, i + head_dim / 2) of one head in place (Su et al. 2021, half-split layout).
 inline void rotate(float* head, const float* cos, const float* sin, std::int64_t half) {
   for (std::int64_t i = 0; i < half; i += 16) {

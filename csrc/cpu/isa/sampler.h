@@ -11,15 +11,6 @@
 
 namespace flexjudge::FJ_ISA {
 
-inline bool all_finite(const float* row, std::int64_t size) {
-  F poison = zero();  // x - x is 0, or NaN where x is not finite
-  for (std::int64_t i = 0; i < size; i += 16) {
-    const F x = load_n(row + i, static_cast<int>(std::min<std::int64_t>(16, size - i)));
-    poison = add(poison, sub(x, x));
-  }
-  return sum(poison) == 0.0f;
-}
-
 constexpr std::int64_t kDrawBlock = 256;  // weights whose sum is kept, so that a draw looks into one block only
 
 // A row's weights e^((logit - largest) / temperature), 0 for what is banned, and their sums by block.

@@ -15,7 +15,6 @@ const Kernels FJ_TABLE = {
     FJ_ISA::attention_scratch_bytes,
     FJ_ISA::decoder,
     FJ_ISA::decoder_scratch_bytes,
-    FJ_ISA::all_finite,
     FJ_ISA::draw_token,
 };
 

@@ -51,6 +51,12 @@ struct Decoder {
   std::vector<Layer> layers;
   const float* norm;  // [hidden]
   Linear head;
+  Matrix embed;           // [vocab, hidden]
+  const float *cos, *sin;  // [max_positions, head_dim / 2]
+  std::int64_t max_positions;
+  // Of head_dim / 2: the first so many pairs turn by a token's first position, the next by its second (M-RoPE,
+  // Wang et al. 2024); plain RoPE has one section.
+  std::vector<std::int64_t> rope_sections;
 
   AttentionShape attention() const {
     return {num_heads, num_kv_heads, head_dim, 1.0f / __builtin_sqrtf(static_cast<float>(head_dim))};
@@ -88,15 +94,15 @@ struct Sequences {
 
 struct Step {
   std::int64_t num_tokens;
-  float* hidden;  // [num_tokens, hidden], the residual stream, overwritten
-  const float* cos;  // [num_tokens, head_dim / 2]
-  const float* sin;
-  const std::int64_t* slots;  // [num_tokens]
+  const std::int64_t* token_ids;  // [num_tokens]
+  const std::int64_t* positions;  // [rope_sections, num_tokens]
+  const std::int64_t* slots;      // [num_tokens]
   Sequences sequences;
   KvCache cache;
   std::int64_t num_rows;
   const std::int64_t* logit_rows;  // [num_rows]
   float* logits;                   // [num_rows, vocab]
+  bool* finite;                    // [num_rows], true before: whether a row's logits are all finite
 };
 
 // How one token is drawn from a row of logits; see `ops/sample.py`. Temperature 0 is greedy.
@@ -126,7 +132,6 @@ struct Kernels {
   void (*decoder)(const Decoder& model, const Step& step, std::uint8_t* scratch, Team& team, int rank);
   std::int64_t (*decoder_scratch_bytes)(const Decoder& model, std::int64_t num_tokens, std::int64_t max_context,
                                         int threads);
-  bool (*all_finite)(const float* row, std::int64_t size);
   std::int64_t (*draw_token)(const float* row, std::int64_t size, const Banned& banned, const Draw& draw);
 };
 

@@ -1,0 +1,76 @@
+"""The decoder op by itself: what it refuses, and which rows it tells finite. Its numbers: tests/parity."""
+
+import pytest
+import torch
+
+from flexjudge_fast.layers.attention import AttentionInput
+from flexjudge_fast.models.config import read_decoder_config
+from flexjudge_fast.models.registry import load_model
+from flexjudge_fast.weights.checkpoint import open_checkpoint
+from tests.models import write_checkpoint
+
+pytestmark = pytest.mark.usefixtures("compiled")
+BLOCKS, BLOCK_SIZE, MAX_LEN = 4, 16, 64
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("decoder")
+    write_checkpoint(folder)
+    checkpoint = open_checkpoint(folder)
+    config = read_decoder_config(checkpoint.config)
+    return load_model(checkpoint, config, torch.float32, torch.device("cpu"), MAX_LEN, num_threads=2)
+
+
+def run(model, ids, positions=None):
+    """Logits and finiteness of every token of one sequence."""
+    config, n = model.config, len(ids)
+    shape = (config.num_layers, 2, BLOCKS, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
+    numbers = torch.arange(n)
+    inputs = AttentionInput(
+        numbers if positions is None else positions,
+        numbers + BLOCK_SIZE,
+        torch.tensor([[1, 2, 0]]),
+        torch.tensor([0, n]),
+        torch.tensor([n]),
+        n,
+    )
+    return model.step(torch.tensor(ids), inputs, torch.zeros(shape), numbers)
+
+
+def test_ids_and_positions_are_checked(model, isa):
+    for ids in ([-1], [320], [5, 1 << 40]):
+        with pytest.raises(RuntimeError, match="token id is out of range"):
+            run(model, ids)
+    for position in (-1, MAX_LEN):
+        with pytest.raises(RuntimeError, match="position is out of range"):
+            run(model, [5], torch.tensor([position]))
+    with pytest.raises(RuntimeError, match="do not agree"):
+        run(model, [5, 6], torch.tensor([0]))
+
+
+def test_rows_that_are_not_finite_are_told(model, isa):
+    """A weight of the table that is infinite spoils the rows of the tokens that see it, and no other."""
+    logits, finite = run(model, [7, 8, 9])
+    assert finite.tolist() == [True] * 3
+    assert bool(logits.isfinite().all())
+    table = model.plan.model.embed
+    assert table.format_name == "F32"
+    ids_0_to_15 = table.data.view(torch.float32)[: 16 * table.columns].view(table.columns, 16)
+    kept = ids_0_to_15[3, 8].clone()
+    ids_0_to_15[3, 8] = float("inf")
+    try:
+        logits, finite = run(model, [7, 8, 9])
+    finally:
+        ids_0_to_15[3, 8] = kept
+    assert finite.tolist() == [True, False, False]  # the last token sees it through attention
+    assert finite.tolist() == logits.isfinite().all(-1).tolist()
+
+
+def test_nothing_to_do(model):
+    none = torch.zeros(0, dtype=torch.int64)
+    shape = (model.config.num_layers, 2, 1, 16, model.config.num_kv_heads, model.config.head_dim)
+    inputs = AttentionInput(none, none, none.view(0, 0), torch.tensor([0]), none, 0)
+    logits, finite = model.step(none, inputs, torch.zeros(shape), none)
+    assert logits.shape == (0, 320)
+    assert finite.shape == (0,)
