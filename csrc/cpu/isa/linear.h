@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <utility>
 
-#include "activations.h"
+#include "dense.h"
 
 namespace flexjudge::FJ_ISA {
 
@@ -55,10 +55,6 @@ class PanelTiles {
  private:
   std::uint8_t* at_;
 };
-
-// Bytes that are fetched ahead: far ahead to the L2 cache, which has more reads in flight than L1, then near to L1.
-// The processor's own prefetch stops at each 4 KiB page.
-constexpr std::int64_t kFarAhead = 16384, kNearAhead = 2048;
 
 // Tiles of a row block as packed, expanded as they are read. kUnitTiles: tiles that share a unit of scales.
 template <int kBits, Scales kScales, int kUnitTiles = 1>
@@ -262,44 +258,7 @@ FJ_INLINE void quantized_kernel_over(Tiles tiles, std::int64_t num_tiles, const 
   }
 }
 
-struct F32 {
-  using Stored = float;
-  static FJ_INLINE F get(const Stored* p) { return load(p); }
-};
-struct F16 {
-  using Stored = std::uint16_t;
-  static FJ_INLINE F get(const Stored* p) { return load_half(p); }
-};
-struct BF16 {
-  using Stored = std::uint16_t;
-  static FJ_INLINE F get(const Stored* p) { return load_bf16(p); }
-};
-
-// Plain values. Runs of 64 columns are summed apart, which keeps the rounding error of long rows small.
-template <int kT, class Weight>
-void dense_kernel(const std::uint8_t* block, std::int64_t columns, const float* x, float* c) {
-  const auto* w = reinterpret_cast<const typename Weight::Stored*>(block);
-  F total[kT];
-  for (int t = 0; t < kT; ++t) total[t] = load(c + 16 * t);
-  for (std::int64_t begin = 0; begin < columns; begin += 64) {
-    F acc[kT];
-    for (int t = 0; t < kT; ++t) acc[t] = zero();
-    for (std::int64_t k = begin; k < std::min(columns, begin + 64); ++k, w += 16, x += kT) {
-      const F row = Weight::get(w);
-#pragma GCC unroll 12
-      for (int t = 0; t < kT; ++t) acc[t] = fma(row, set1(x[t]), acc[t]);
-    }
-    for (int t = 0; t < kT; ++t) total[t] = add(total[t], acc[t]);
-  }
-  for (int t = 0; t < kT; ++t) store(c + 16 * t, total[t]);
-}
-
 // ---- One row block times some token tiles. ----
-
-struct TileRange {
-  std::int64_t begin, end;
-  std::int64_t count() const { return end - begin; }
-};
 
 // Calls `call` with the size of a token tile; only the sizes `pick_token_tile` gives for several tiles where kSeveral.
 template <bool kSeveral, class Call>
@@ -349,28 +308,14 @@ void quantized_block(const Matrix& w, const std::uint8_t* block, const Activatio
   });
 }
 
-template <class Weight>
-void dense_block(const std::uint8_t* block, const Activations& x, TileRange tokens, float* c) {
-  with_token_tile<false>(x.tile, [&]<int kT>() {
-    for (std::int64_t i = tokens.begin; i < tokens.end; ++i, c += kT * 16) {
-      dense_kernel<kT, Weight>(block, x.columns, x.column(i, 0), c);
-    }
-  });
-}
-
 // c [tokens of the tiles][16] = x times row block `index` of w, transposed.
 inline void block_product(const Matrix& w, std::int64_t index, const Activations& x, TileRange tokens, std::uint8_t* panel, float* c) {
   const std::uint8_t* block = w.data + index * w.layout.block_bytes();
   std::fill_n(c, tokens.count() * x.tile * 16, 0.0f);
-  switch (w.format->format) {
-    case Format::kF32: return dense_block<F32>(block, x, tokens, c);
-    case Format::kF16: return dense_block<F16>(block, x, tokens, c);
-    case Format::kBF16: return dense_block<BF16>(block, x, tokens, c);
-    default:
-      with_tiles(w.format->format, [&]<class Tiles>() {
-        x.terms == 2 ? quantized_block<Tiles, 2>(w, block, x, tokens, panel, c) : quantized_block<Tiles, 1>(w, block, x, tokens, panel, c);
-      });
-  }
+  if (!w.is_quantized()) return dense_product(w.format->format, block, x, tokens, panel, c);
+  with_tiles(w.format->format, [&]<class Tiles>() {
+    x.terms == 2 ? quantized_block<Tiles, 2>(w, block, x, tokens, panel, c) : quantized_block<Tiles, 1>(w, block, x, tokens, panel, c);
+  });
 }
 
 // ---- A whole layer. ----
@@ -378,14 +323,16 @@ inline void block_product(const Matrix& w, std::int64_t index, const Activations
 // Token tiles taken together: their activations stay in the L2 cache while a row block goes over them.
 inline std::int64_t tiles_at_once(const Activations& x) {
   constexpr std::int64_t kL2Share = 512 << 10;
-  const std::int64_t bytes = (x.codes ? x.groups() * group_bytes(x.tile, x.terms) : 0) + (x.values ? x.columns * x.tile * 4 : 0);
+  const std::int64_t bytes = (x.codes ? x.groups() * group_bytes(x.tile, x.terms) : 0) + dense_tile_bytes(x);
   return std::clamp<std::int64_t>(kL2Share / std::max<std::int64_t>(bytes, 1), 4, 32);
 }
 
 // Per thread: a panel, and c for four row blocks of `tiles_at_once` tiles.
 constexpr std::int64_t kMaxTokensAtOnce = 32 * kTokenTile;
 
-inline std::int64_t panel_bytes(const Linear& w) { return w.columns() / kGroup * PanelTiles<Kind::kHalves>::kBytes; }
+inline std::int64_t panel_bytes(const Linear& w) {
+  return std::max(kPanelBytes, w.columns() / kGroup * PanelTiles<Kind::kHalves>::kBytes);
+}
 inline std::int64_t thread_bytes(std::int64_t panel) { return align64(panel) + 4 * kMaxTokensAtOnce * 64; }
 
 struct ThreadScratch {

@@ -1,0 +1,219 @@
+// Products of plain weights (float32, half, bfloat16): sixteen rows times a few tokens held in registers, over columns
+// cut so that what is used again stays in the caches.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "activations.h"
+#include "elements.h"
+
+namespace flexjudge::FJ_ISA {
+
+// Bytes that are fetched ahead: far ahead to the L2 cache, which has more reads in flight than L1, then near to L1.
+// The processor's own prefetch stops at each 4 KiB page.
+constexpr std::int64_t kFarAhead = 16384, kNearAhead = 2048;
+
+// Columns that are summed apart, first to last, before they join an output: the rounding error of long rows stays
+// small. Every path below keeps to these runs and to the order in them, so all give the same bits.
+constexpr std::int64_t kRun = 64;
+
+// ---- What a kernel multiplies. A step is the weights of `kColumns` columns of 16 rows, in `kBytes` bytes; `x` are
+// the activations of its first column, those of the next column `stride` words on.
+
+struct F32Steps {
+  using Word = float;
+  static constexpr std::int64_t kColumns = 1, kBytes = 64, kWords = 1;
+
+  template <int kT>
+  static FJ_INLINE void multiply(const std::uint8_t* w, const float* x, std::int64_t, F* acc) {
+    multiply_column<kT>(load(reinterpret_cast<const float*>(w)), x, acc);
+  }
+  static FJ_INLINE void expand(const std::uint8_t* w, F* columns) { columns[0] = load(reinterpret_cast<const float*>(w)); }
+
+  template <int kT>
+  static FJ_INLINE void multiply_column(F row, const float* x, F* acc) {
+#pragma GCC unroll 12
+    for (int t = 0; t < kT; ++t) acc[t] = fma(row, set1(x[t]), acc[t]);
+  }
+};
+
+struct F16Steps {
+  using Word = float;
+  static constexpr std::int64_t kColumns = 1, kBytes = 32, kWords = 1;
+
+  template <int kT>
+  static FJ_INLINE void multiply(const std::uint8_t* w, const float* x, std::int64_t, F* acc) {
+    F row;
+    expand(w, &row);
+    F32Steps::multiply_column<kT>(row, x, acc);
+  }
+  static FJ_INLINE void expand(const std::uint8_t* w, F* columns) {
+    columns[0] = load_half(reinterpret_cast<const std::uint16_t*>(w));
+  }
+};
+
+// Pairs of columns, each in the half of a lane: a bfloat16 is the upper half of a float.
+struct BF16Steps {
+  using Word = float;
+  static constexpr std::int64_t kColumns = 2, kBytes = 64, kWords = 2;
+
+  template <int kT>
+  static FJ_INLINE void multiply(const std::uint8_t* w, const float* x, std::int64_t stride, F* acc) {
+    F row[2];
+    expand(w, row);
+    F32Steps::multiply_column<kT>(row[0], x, acc);
+    F32Steps::multiply_column<kT>(row[1], x + stride, acc);
+  }
+  static FJ_INLINE void expand(const std::uint8_t* w, F* columns) {
+    columns[0] = low_bf16(w);
+    columns[1] = high_bf16(w);
+  }
+};
+
+#ifdef FJ_BF16_DOTS
+// The same pairs, multiplied as they lie by pairs of rounded activations, two columns to an instruction.
+struct BF16Dots {
+  using Word = std::uint32_t;
+  static constexpr std::int64_t kColumns = 2, kBytes = 64, kWords = 1;
+
+  template <int kT>
+  static FJ_INLINE void multiply(const std::uint8_t* w, const std::uint32_t* x, std::int64_t, F* acc) {
+    const Codes pairs = load_codes(w);
+#pragma GCC unroll 12
+    for (int t = 0; t < kT; ++t) acc[t] = dot2(acc[t], pairs, x[t]);
+  }
+};
+#endif
+
+// ---- Kernels: 16 rows times kT tokens of a tile; c [kT][16] is added to. ----
+
+// Tokens that a kernel takes of a tile of `tile`: a divisor of it, and no more than stay in registers.
+constexpr int tokens_at_once(int tile) {
+  int most = std::min(tile, kDenseTokens);
+  while (tile % most != 0) --most;
+  return most;
+}
+
+// kRuns runs of `steps` steps each, side by side.
+template <class Steps, int kT, int kRuns, bool kAhead>
+FJ_INLINE void add_runs(const std::uint8_t* w, const typename Steps::Word* x, std::int64_t stride, std::int64_t steps, float* c) {
+  F acc[kRuns][kT];
+  for (int r = 0; r < kRuns; ++r) {
+    for (int t = 0; t < kT; ++t) acc[r][t] = zero();
+  }
+  const std::int64_t run_bytes = steps * Steps::kBytes, run_words = steps * Steps::kWords * stride;
+  for (std::int64_t i = 0; i < steps; ++i, w += Steps::kBytes, x += Steps::kWords * stride) {
+#pragma GCC unroll 2
+    for (int r = 0; r < kRuns; ++r) {
+      const std::uint8_t* step = w + r * run_bytes;
+      if constexpr (kAhead) {
+        __builtin_prefetch(step + kFarAhead, 0, 2);
+        __builtin_prefetch(step + (kRuns == 1 ? kNearAhead : kRuns * run_bytes), 0, 3);
+      }
+      Steps::template multiply<kT>(step, x + r * run_words, stride, acc[r]);
+    }
+  }
+  for (int r = 0; r < kRuns; ++r) {
+    for (int t = 0; t < kT; ++t) store(c + 16 * t, add(load(c + 16 * t), acc[r][t]));
+  }
+}
+
+// One chain of sums a token: with few tokens, two runs side by side keep the multipliers busy. kAhead: the weights
+// come from memory.
+template <class Steps, int kT, bool kAhead>
+void dense_kernel(const std::uint8_t* w, const typename Steps::Word* x, std::int64_t stride, std::int64_t columns, float* c) {
+  constexpr int kRuns = 2 * kT <= kDenseTokens ? 2 : 1;
+  constexpr std::int64_t kSteps = kRun / Steps::kColumns;
+  std::int64_t steps = (columns + Steps::kColumns - 1) / Steps::kColumns;
+  auto add_next = [&]<int kSide>(std::int64_t run_steps) {
+    add_runs<Steps, kT, kSide, kAhead>(w, x, stride, run_steps, c);
+    steps -= kSide * run_steps;
+    w += kSide * run_steps * Steps::kBytes;
+    x += kSide * run_steps * Steps::kWords * stride;
+  };
+  while (steps >= kRuns * kSteps) add_next.template operator()<kRuns>(kSteps);
+  while (steps > 0) add_next.template operator()<1>(std::min(kSteps, steps));
+}
+
+// ---- One row block times some token tiles. ----
+
+// Weights that are used again and again: their share of the L1 cache, in float32 or as packed.
+constexpr std::int64_t kPanelBytes = 16384;
+
+// Calls `call` with the size of a token tile.
+template <class Call>
+FJ_INLINE void with_dense_tile(std::int64_t tile, Call call) {
+  switch (tile) {
+    case 12: return call.template operator()<12>();
+    case 8: return call.template operator()<8>();
+    case 6: return call.template operator()<6>();
+    case 4: return call.template operator()<4>();
+    case 3: return call.template operator()<3>();
+    case 2: return call.template operator()<2>();
+    default: return call.template operator()<1>();
+  }
+}
+
+// Some columns times every token of the tiles. x_of(tile): the activations of those columns.
+template <class Steps, int kT, class XOf>
+FJ_INLINE void multiply_panel(const std::uint8_t* w, std::int64_t columns, TileRange tokens, XOf x_of, float* c) {
+  constexpr int kAtOnce = tokens_at_once(kT);
+  for (std::int64_t i = tokens.begin; i < tokens.end; ++i) {
+    for (int t = 0; t < kT; t += kAtOnce, c += 16 * kAtOnce) {
+      dense_kernel<Steps, kAtOnce, false>(w, x_of(i) + t, kT, columns, c);
+    }
+  }
+}
+
+// kExpand: weights become float32 once, for all tokens. x_of(tile, column): where a tile's activations lie.
+template <class Steps, bool kExpand, class XOf>
+void dense_block(const std::uint8_t* block, std::int64_t columns, std::int64_t tile, TileRange tokens, XOf x_of, std::uint8_t* panel, float* c) {
+  constexpr std::int64_t kPanelSteps = kPanelBytes / (kExpand ? 64 * Steps::kColumns : Steps::kBytes);
+  constexpr std::int64_t kPanelColumns = kPanelSteps * Steps::kColumns;
+  with_dense_tile(tile, [&]<int kT>() {
+    if constexpr (tokens_at_once(kT) == kT) {
+      if (tokens.count() == 1) return dense_kernel<Steps, kT, true>(block, x_of(tokens.begin, 0), kT, columns, c);
+    }
+    for (std::int64_t k = 0; k < columns; k += kPanelColumns, block += kPanelSteps * Steps::kBytes) {
+      const std::int64_t width = std::min(kPanelColumns, columns - k);
+      const std::uint8_t* next = block + kPanelSteps * Steps::kBytes;
+      for (std::int64_t line = 0; line < kPanelSteps * Steps::kBytes; line += 64) __builtin_prefetch(next + line, 0, 2);
+      auto x_from = [&](std::int64_t i) { return x_of(i, k); };
+      if constexpr (kExpand) {
+        F row[Steps::kColumns];
+        auto* to = reinterpret_cast<float*>(panel);
+        for (std::int64_t at = 0; at < width; at += Steps::kColumns, to += 16 * Steps::kColumns) {
+          Steps::expand(block + at / Steps::kColumns * Steps::kBytes, row);
+          for (int i = 0; i < Steps::kColumns; ++i) store(to + 16 * i, row[i]);
+        }
+        multiply_panel<F32Steps, kT>(panel, width, tokens, x_from, c);
+      } else {
+        multiply_panel<Steps, kT>(block, width, tokens, x_from, c);
+      }
+    }
+  });
+}
+
+// Of one token tile in the forms that plain weights read.
+inline std::int64_t dense_tile_bytes(const Activations& x) {
+  return x.even_columns() * x.tile * ((x.values ? 4 : 0) + (x.pairs ? 2 : 0));
+}
+
+// c [tokens of the tiles][16] += x times the row block `block` of a matrix of plain values, transposed.
+inline void dense_product(Format format, const std::uint8_t* block, const Activations& x, TileRange tokens, std::uint8_t* panel, float* c) {
+  auto values = [&](std::int64_t tile, std::int64_t k) { return x.column(tile, k); };
+  switch (format) {
+    case Format::kF32: return dense_block<F32Steps, false>(block, x.columns, x.tile, tokens, values, panel, c);
+    case Format::kF16: return dense_block<F16Steps, true>(block, x.columns, x.tile, tokens, values, panel, c);
+    default: break;
+  }
+#ifdef FJ_BF16_DOTS
+  auto pairs = [&](std::int64_t tile, std::int64_t k) { return x.pair(tile, k); };
+  dense_block<BF16Dots, false>(block, x.columns, x.tile, tokens, pairs, panel, c);
+#else
+  dense_block<BF16Steps, true>(block, x.columns, x.tile, tokens, values, panel, c);
+#endif
+}
+
+}  // namespace flexjudge::FJ_ISA
