@@ -10,9 +10,9 @@
 
 namespace flexjudge::FJ_ISA {
 
-// Bytes that are fetched ahead: far ahead to the L2 cache, which has more reads in flight than L1, then near to L1.
-// The processor's own prefetch stops at each 4 KiB page.
-constexpr std::int64_t kFarAhead = 16384, kNearAhead = 2048;
+// Bytes that are fetched ahead to the L2 cache, which has more reads in flight than L1. The processor's own prefetch
+// stops at each 4 KiB page.
+constexpr std::int64_t kFarAhead = 16384;
 
 // Columns that are summed apart, first to last, before they join an output: the rounding error of long rows stays
 // small. Every path below keeps to these runs and to the order in them, so all give the same bits.
@@ -95,45 +95,32 @@ constexpr int tokens_at_once(int tile) {
   return most;
 }
 
-// kRuns runs of `steps` steps each, side by side.
-template <class Steps, int kT, int kRuns, bool kAhead>
-FJ_INLINE void add_runs(const std::uint8_t* w, const typename Steps::Word* x, std::int64_t stride, std::int64_t steps, float* c) {
-  F acc[kRuns][kT];
-  for (int r = 0; r < kRuns; ++r) {
-    for (int t = 0; t < kT; ++t) acc[r][t] = zero();
-  }
-  const std::int64_t run_bytes = steps * Steps::kBytes, run_words = steps * Steps::kWords * stride;
-  for (std::int64_t i = 0; i < steps; ++i, w += Steps::kBytes, x += Steps::kWords * stride) {
-#pragma GCC unroll 2
-    for (int r = 0; r < kRuns; ++r) {
-      const std::uint8_t* step = w + r * run_bytes;
-      if constexpr (kAhead) {
-        __builtin_prefetch(step + kFarAhead, 0, 2);
-        __builtin_prefetch(step + (kRuns == 1 ? kNearAhead : kRuns * run_bytes), 0, 3);
-      }
-      Steps::template multiply<kT>(step, x + r * run_words, stride, acc[r]);
-    }
-  }
-  for (int r = 0; r < kRuns; ++r) {
-    for (int t = 0; t < kT; ++t) store(c + 16 * t, add(load(c + 16 * t), acc[r][t]));
-  }
-}
+// What a kernel fetches while it multiplies: `bytes` from `at` on with every run.
+struct Ahead {
+  const std::uint8_t* at;
+  std::int64_t bytes;
 
-// One chain of sums a token: with few tokens, two runs side by side keep the multipliers busy. kAhead: the weights
-// come from memory.
-template <class Steps, int kT, bool kAhead>
-void dense_kernel(const std::uint8_t* w, const typename Steps::Word* x, std::int64_t stride, std::int64_t columns, float* c) {
-  constexpr int kRuns = 2 * kT <= kDenseTokens ? 2 : 1;
-  constexpr std::int64_t kSteps = kRun / Steps::kColumns;
+  FJ_INLINE void next_run() {
+    for (std::int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + line, 0, 2);
+    at += bytes;
+  }
+};
+
+// One chain of sums a token and run.
+template <class Steps, int kT>
+void dense_kernel(const std::uint8_t* w, const typename Steps::Word* x, std::int64_t stride, std::int64_t columns, Ahead ahead, float* c) {
   std::int64_t steps = (columns + Steps::kColumns - 1) / Steps::kColumns;
-  auto add_next = [&]<int kSide>(std::int64_t run_steps) {
-    add_runs<Steps, kT, kSide, kAhead>(w, x, stride, run_steps, c);
-    steps -= kSide * run_steps;
-    w += kSide * run_steps * Steps::kBytes;
-    x += kSide * run_steps * Steps::kWords * stride;
-  };
-  while (steps >= kRuns * kSteps) add_next.template operator()<kRuns>(kSteps);
-  while (steps > 0) add_next.template operator()<1>(std::min(kSteps, steps));
+  while (steps > 0) {
+    const std::int64_t run = std::min(steps, kRun / Steps::kColumns);
+    ahead.next_run();
+    F acc[kT];
+    for (int t = 0; t < kT; ++t) acc[t] = zero();
+    for (std::int64_t i = 0; i < run; ++i, w += Steps::kBytes, x += Steps::kWords * stride) {
+      Steps::template multiply<kT>(w, x, stride, acc);
+    }
+    for (int t = 0; t < kT; ++t) store(c + 16 * t, add(load(c + 16 * t), acc[t]));
+    steps -= run;
+  }
 }
 
 // ---- One row block times some token tiles. ----
@@ -155,13 +142,27 @@ FJ_INLINE void with_dense_tile(std::int64_t tile, Call call) {
   }
 }
 
-// Some columns times every token of the tiles. x_of(tile): the activations of those columns.
+// Columns of 16 rows as float32 [columns, 16], to a whole step.
+template <class Steps>
+FJ_INLINE void expand(const std::uint8_t* w, std::int64_t columns, float* panel) {
+  for (std::int64_t k = 0; k < columns; k += Steps::kColumns, w += Steps::kBytes, panel += 16 * Steps::kColumns) {
+    F row[Steps::kColumns];
+    Steps::expand(w, row);
+    for (int i = 0; i < Steps::kColumns; ++i) store(panel + 16 * i, row[i]);
+  }
+}
+
+// Some columns times every token of the tiles. x_of(tile): the activations of those columns. Fetches the `next_bytes`
+// that follow in memory meanwhile, evenly.
 template <class Steps, int kT, class XOf>
-FJ_INLINE void multiply_panel(const std::uint8_t* w, std::int64_t columns, TileRange tokens, XOf x_of, float* c) {
+FJ_INLINE void multiply_panel(const std::uint8_t* w, std::int64_t columns, TileRange tokens, XOf x_of, const std::uint8_t* next, std::int64_t next_bytes, float* c) {
   constexpr int kAtOnce = tokens_at_once(kT);
+  const std::int64_t calls = tokens.count() * (kT / kAtOnce), runs = calls * ((columns + kRun - 1) / kRun);
+  Ahead ahead{next, (next_bytes / runs + 63) / 64 * 64};
   for (std::int64_t i = tokens.begin; i < tokens.end; ++i) {
     for (int t = 0; t < kT; t += kAtOnce, c += 16 * kAtOnce) {
-      dense_kernel<Steps, kAtOnce, false>(w, x_of(i) + t, kT, columns, c);
+      dense_kernel<Steps, kAtOnce>(w, x_of(i) + t, kT, columns, ahead, c);
+      ahead.at += (columns + kRun - 1) / kRun * ahead.bytes;
     }
   }
 }
@@ -170,34 +171,23 @@ FJ_INLINE void multiply_panel(const std::uint8_t* w, std::int64_t columns, TileR
 template <class Steps, bool kExpand, class XOf>
 void dense_block(const std::uint8_t* block, std::int64_t columns, std::int64_t tile, TileRange tokens, XOf x_of, std::uint8_t* panel, float* c) {
   constexpr std::int64_t kPanelSteps = kPanelBytes / (kExpand ? 64 * Steps::kColumns : Steps::kBytes);
-  constexpr std::int64_t kPanelColumns = kPanelSteps * Steps::kColumns;
+  constexpr std::int64_t kPanelColumns = kPanelSteps * Steps::kColumns, kBytes = kPanelSteps * Steps::kBytes;
   with_dense_tile(tile, [&]<int kT>() {
     if constexpr (tokens_at_once(kT) == kT) {
-      if (tokens.count() == 1) return dense_kernel<Steps, kT, true>(block, x_of(tokens.begin, 0), kT, columns, c);
+      const Ahead ahead{block + kFarAhead, kRun / Steps::kColumns * Steps::kBytes};
+      if (tokens.count() == 1) return dense_kernel<Steps, kT>(block, x_of(tokens.begin, 0), kT, columns, ahead, c);
     }
-    for (std::int64_t k = 0; k < columns; k += kPanelColumns, block += kPanelSteps * Steps::kBytes) {
+    for (std::int64_t k = 0; k < columns; k += kPanelColumns, block += kBytes) {
       const std::int64_t width = std::min(kPanelColumns, columns - k);
-      const std::uint8_t* next = block + kPanelSteps * Steps::kBytes;
-      for (std::int64_t line = 0; line < kPanelSteps * Steps::kBytes; line += 64) __builtin_prefetch(next + line, 0, 2);
       auto x_from = [&](std::int64_t i) { return x_of(i, k); };
       if constexpr (kExpand) {
-        F row[Steps::kColumns];
-        auto* to = reinterpret_cast<float*>(panel);
-        for (std::int64_t at = 0; at < width; at += Steps::kColumns, to += 16 * Steps::kColumns) {
-          Steps::expand(block + at / Steps::kColumns * Steps::kBytes, row);
-          for (int i = 0; i < Steps::kColumns; ++i) store(to + 16 * i, row[i]);
-        }
-        multiply_panel<F32Steps, kT>(panel, width, tokens, x_from, c);
+        expand<Steps>(block, width, reinterpret_cast<float*>(panel));
+        multiply_panel<F32Steps, kT>(panel, width, tokens, x_from, block + kBytes, kBytes, c);
       } else {
-        multiply_panel<Steps, kT>(block, width, tokens, x_from, c);
+        multiply_panel<Steps, kT>(block, width, tokens, x_from, block + kBytes, kBytes, c);
       }
     }
   });
-}
-
-// Of one token tile in the forms that plain weights read.
-inline std::int64_t dense_tile_bytes(const Activations& x) {
-  return x.even_columns() * x.tile * ((x.values ? 4 : 0) + (x.pairs ? 2 : 0));
 }
 
 // c [tokens of the tiles][16] += x times the row block `block` of a matrix of plain values, transposed.

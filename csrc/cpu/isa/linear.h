@@ -56,6 +56,9 @@ class PanelTiles {
   std::uint8_t* at_;
 };
 
+// Bytes that are fetched ahead to the L1 cache, after `kFarAhead` to L2.
+constexpr std::int64_t kNearAhead = 2048;
+
 // Tiles of a row block as packed, expanded as they are read. kUnitTiles: tiles that share a unit of scales.
 template <int kBits, Scales kScales, int kUnitTiles = 1>
 class PackedTiles {
@@ -320,10 +323,11 @@ inline void block_product(const Matrix& w, std::int64_t index, const Activations
 
 // ---- A whole layer. ----
 
-// Token tiles taken together: their activations stay in the L2 cache while a row block goes over them.
+// Token tiles taken together: their codes stay in the L2 cache while a row block goes over them. Plain activations are
+// cut by columns (dense.h), so of those as many as there is room for.
 inline std::int64_t tiles_at_once(const Activations& x) {
   constexpr std::int64_t kL2Share = 512 << 10;
-  const std::int64_t bytes = (x.codes ? x.groups() * group_bytes(x.tile, x.terms) : 0) + dense_tile_bytes(x);
+  const std::int64_t bytes = x.codes ? x.groups() * group_bytes(x.tile, x.terms) : 0;
   return std::clamp<std::int64_t>(kL2Share / std::max<std::int64_t>(bytes, 1), 4, 32);
 }
 
