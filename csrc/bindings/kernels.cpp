@@ -25,7 +25,7 @@ const Kernels& kernels() {
   const char* wanted = std::getenv("FLEXJUDGE_ISA");
   const Kernels* found = flexjudge::find_kernels(wanted);
   STD_TORCH_CHECK(found != nullptr, "FLEXJUDGE_ISA=", wanted == nullptr ? "" : wanted,
-                  ": not one of scalar, avx2, avx512_vnni, or this processor lacks it");
+                  ": not one of scalar, avx2, avx512_vnni, avx512_bf16, or this processor lacks it");
   return *found;
 }
 

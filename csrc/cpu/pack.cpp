@@ -68,6 +68,13 @@ void read_codes(Format format, const std::uint8_t* b, int sub, std::uint8_t* cod
   }
 }
 
+// Where a plain value lies in its row block: column after column, 16 rows each; of bfloat16 two columns side by side,
+// an odd count padded with a zero.
+std::int64_t value_offset(const FormatInfo& f, std::int64_t column, std::int64_t lane) {
+  if (f.format != Format::kBF16) return (column * kLanes + lane) * f.unit_bytes;
+  return (column / 2 * kLanes + lane) * 4 + column % 2 * 2;
+}
+
 // Codes of one row to its lane of a tile: quad q (columns 4q..4q+3) is one 32-bit word of vector q.
 void write_codes(int bits, const std::uint8_t* codes, std::int64_t lane, std::uint8_t* tile) {
   auto put = [&](int vector, std::uint32_t w) { std::memcpy(tile + 64 * vector + 4 * lane, &w, 4); };
@@ -157,7 +164,8 @@ const FormatInfo* find_format(std::string_view name) {
 }
 
 PackedLayout packed_layout(const FormatInfo& f, std::int64_t rows, std::int64_t columns) {
-  const std::int64_t code_bits = columns * kLanes * f.bits;
+  const std::int64_t stored = f.format == Format::kBF16 ? round_up(columns, 2) : columns;
+  const std::int64_t code_bits = stored * kLanes * f.bits;
   return {(rows + kLanes - 1) / kLanes, round_up(code_bits / 8, 64),
           round_up(columns / f.unit * scale_unit_bytes(f.scales), 64)};
 }
@@ -173,10 +181,9 @@ void pack_rows(const FormatInfo& f, const std::uint8_t* source, std::int64_t row
     std::uint8_t* scales_out = codes_out + layout.code_bytes;
     for (std::int64_t lane = 0; lane < std::min(kLanes, rows - block * kLanes); ++lane) {
       const std::uint8_t* row = source + (block * kLanes + lane) * row_bytes;
-      if (f.scales == Scales::kNone) {  // values: column after column, 16 rows each
+      if (f.scales == Scales::kNone) {
         for (std::int64_t k = 0; k < columns; ++k) {
-          std::memcpy(codes_out + (k * kLanes + lane) * f.unit_bytes, row + k * f.unit_bytes,
-                      static_cast<std::size_t>(f.unit_bytes));
+          std::memcpy(codes_out + value_offset(f, k, lane), row + k * f.unit_bytes, static_cast<std::size_t>(f.unit_bytes));
         }
         continue;
       }
@@ -200,7 +207,7 @@ void unpack_row(const FormatInfo& f, const std::uint8_t* packed, std::int64_t ro
   const std::uint8_t* scales = codes + layout.code_bytes;
   if (f.scales == Scales::kNone) {
     for (std::int64_t k = 0; k < columns; ++k) {
-      const std::uint8_t* p = codes + (k * kLanes + lane) * f.unit_bytes;
+      const std::uint8_t* p = codes + value_offset(f, k, lane);
       if (f.format == Format::kF32) {
         out[k] = bits_to_float(word_at(p));
       } else if (f.format == Format::kF16) {

@@ -9,6 +9,7 @@ extern const Kernels kernels_scalar;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512_vnni;
+extern const Kernels kernels_avx512_bf16;
 #endif
 
 namespace {
@@ -27,7 +28,9 @@ const Kernels* find_kernels(const char* name) {
   const bool vnni = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                     __builtin_cpu_supports("avx512vnni");
-  const Candidate best_first[] = {{&kernels_avx512_vnni, vnni}, {&kernels_avx2, avx2}, {&kernels_scalar, true}};
+  const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
+  const Candidate best_first[] = {
+      {&kernels_avx512_bf16, bf16}, {&kernels_avx512_vnni, vnni}, {&kernels_avx2, avx2}, {&kernels_scalar, true}};
 #else
   const Candidate best_first[] = {{&kernels_scalar, true}};
 #endif

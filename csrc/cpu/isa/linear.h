@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <utility>
 
-#include "activations.h"
+#include "dense.h"
 
 namespace flexjudge::FJ_ISA {
 
@@ -54,33 +54,35 @@ class PanelTiles {
   std::uint8_t* at_;
 };
 
-// Bytes that are fetched ahead: far ahead to the L2 cache, which has more reads in flight than L1, then near to L1.
-// The processor's own prefetch stops at each 4 KiB page.
-constexpr std::int64_t kFarAhead = 16384, kNearAhead = 2048;
+// Bytes that are fetched ahead to the L1 cache, after `kFarAhead` to L2.
+constexpr std::int64_t kNearAhead = 2048;
 
-// Tiles of a row block as packed, expanded as they are read. kUnitTiles: tiles that share a unit of scales.
-template <int kCodeBits, Scales kScales, int kUnitTiles = 1>
+// Tiles of a row block as packed, expanded as they are read. kHalf here is with or without minimums: fewer kernels.
+template <int kCodeBits, Scales kScales>
 class PackedTiles {
  public:
   static constexpr int kBits = kCodeBits;
 
   PackedTiles(const Matrix& w, const std::uint8_t* block)
       : codes_(block), scales_(block + w.layout.code_bytes), ahead_(block + kFarAhead),
-        zero_point_(static_cast<float>(w.format->zero_point)) {}
+        unit_bytes_(scale_unit_bytes(w.format->scales)), unit_tiles_(w.format->unit / kGroup),
+        has_min_(w.format->scales == Scales::kHalfMin), zero_point_(static_cast<float>(w.format->zero_point)) {}
 
   FJ_INLINE void next(Tile& tile) {
-    for (std::int64_t line = 0; line < kTileBytes; line += 64) __builtin_prefetch(ahead_ + line, 0, 2);
+    for (std::int64_t line = 0; line <= kCodeBytes; line += 64) __builtin_prefetch(ahead_ + line, 0, 2);
     for (std::int64_t line = 0; line < kCodeBytes; line += 64) __builtin_prefetch(codes_ + kNearAhead + line, 0, 3);
-    ahead_ += kTileBytes;
+    ahead_ += kCodeBytes + unit_bytes() / unit_tiles();  // a tile's share of the row block
     read_codes(tile.codes);
     codes_ += kCodeBytes;
     read_scales(tile);
   }
 
  private:
-  static constexpr std::int64_t kUnitBytes = scale_unit_bytes(kScales);
   static constexpr std::int64_t kCodeBytes = 64 * kBits;
-  static constexpr std::int64_t kTileBytes = kCodeBytes + kUnitBytes / kUnitTiles;  // a tile's share of the row block
+
+  // Of the scales that some tiles share.
+  FJ_INLINE std::int64_t unit_bytes() const { return kScales == Scales::kHalf ? unit_bytes_ : scale_unit_bytes(kScales); }
+  FJ_INLINE std::int64_t unit_tiles() const { return kScales == Scales::kHalf ? unit_tiles_ : 8; }
 
   FJ_INLINE void read_codes(Codes* quads) const {
     if constexpr (kBits == 8) {
@@ -115,9 +117,9 @@ class PackedTiles {
   }
 
   FJ_INLINE void read_scales(Tile& tile) {
-    if constexpr (kScales == Scales::kHalf || kScales == Scales::kHalfMin) {
+    if constexpr (kScales == Scales::kHalf) {
       tile.factors[0] = half(0);
-      tile.offsets[0] = kScales == Scales::kHalfMin ? half(32) : mul(tile.factors[0], set1(-zero_point_));
+      tile.offsets[0] = has_min_ ? half(32) : mul(tile.factors[0], set1(-zero_point_));
     } else if constexpr (kScales == Scales::kK) {
       if (in_unit_ == 0) begin_unit();
       tile.factors[0] = mul(d_, to_float(load_u8(bytes_ + 16 * in_unit_)));
@@ -129,9 +131,9 @@ class PackedTiles {
         tile.offsets[side] = mul(tile.factors[side], set1(-zero_point_));
       }
     }
-    if (++in_unit_ == kUnitTiles) {
+    if (++in_unit_ == unit_tiles()) {
       in_unit_ = 0;
-      scales_ += kUnitBytes;
+      scales_ += unit_bytes();
     }
   }
 
@@ -151,6 +153,8 @@ class PackedTiles {
   }
 
   const std::uint8_t *codes_, *scales_, *ahead_;
+  const std::int64_t unit_bytes_, unit_tiles_;
+  const bool has_min_;
   const float zero_point_;
   int in_unit_ = 0;
   F d_ = zero(), minus_dmin_ = zero();
@@ -161,17 +165,17 @@ class PackedTiles {
 template <class Call>
 FJ_INLINE void with_tiles(Format format, Call call) {
   switch (format) {
-    case Format::kQ4_0: return call.template operator()<PackedTiles<4, Scales::kHalf>>();
-    case Format::kQ4_1: return call.template operator()<PackedTiles<4, Scales::kHalfMin>>();
-    case Format::kQ5_0: return call.template operator()<PackedTiles<5, Scales::kHalf>>();
-    case Format::kQ5_1: return call.template operator()<PackedTiles<5, Scales::kHalfMin>>();
-    case Format::kQ8_0: return call.template operator()<PackedTiles<8, Scales::kHalf>>();
-    case Format::kI8_32: return call.template operator()<PackedTiles<8, Scales::kHalfMin>>();
-    case Format::kI4_64: return call.template operator()<PackedTiles<4, Scales::kHalfMin, 2>>();
-    case Format::kI4_128: return call.template operator()<PackedTiles<4, Scales::kHalfMin, 4>>();
-    case Format::kQ4_K: return call.template operator()<PackedTiles<4, Scales::kK, 8>>();
-    case Format::kQ5_K: return call.template operator()<PackedTiles<5, Scales::kK, 8>>();
-    case Format::kQ6_K: return call.template operator()<PackedTiles<6, Scales::kQ6K, 8>>();
+    case Format::kQ4_0:
+    case Format::kQ4_1:
+    case Format::kI4_64:
+    case Format::kI4_128: return call.template operator()<PackedTiles<4, Scales::kHalf>>();
+    case Format::kQ5_0:
+    case Format::kQ5_1: return call.template operator()<PackedTiles<5, Scales::kHalf>>();
+    case Format::kQ8_0:
+    case Format::kI8_32: return call.template operator()<PackedTiles<8, Scales::kHalf>>();
+    case Format::kQ4_K: return call.template operator()<PackedTiles<4, Scales::kK>>();
+    case Format::kQ5_K: return call.template operator()<PackedTiles<5, Scales::kK>>();
+    case Format::kQ6_K: return call.template operator()<PackedTiles<6, Scales::kQ6K>>();
     default: return;
   }
 }
@@ -231,62 +235,7 @@ FJ_INLINE void quantized_kernel_over(Tiles tiles, std::int64_t num_tiles, const 
   }
 }
 
-struct F32 {
-  using Stored = float;
-  static FJ_INLINE F get(const Stored* p) { return load(p); }
-};
-struct F16 {
-  using Stored = std::uint16_t;
-  static FJ_INLINE F get(const Stored* p) { return load_half(p); }
-};
-struct BF16 {
-  using Stored = std::uint16_t;
-  static FJ_INLINE F get(const Stored* p) { return load_bf16(p); }
-};
-
-// Plain values. Runs of 64 columns are summed apart, which keeps the rounding error of long rows small.
-template <int kT, class Weight>
-void dense_kernel(const std::uint8_t* block, std::int64_t columns, const float* x, float* c) {
-  const auto* w = reinterpret_cast<const typename Weight::Stored*>(block);
-  F total[kT];
-  for (int t = 0; t < kT; ++t) total[t] = load(c + 16 * t);
-  for (std::int64_t begin = 0; begin < columns; begin += 64) {
-    F acc[kT];
-    for (int t = 0; t < kT; ++t) acc[t] = zero();
-    for (std::int64_t k = begin; k < std::min(columns, begin + 64); ++k, w += 16, x += kT) {
-      const F row = Weight::get(w);
-#pragma GCC unroll 12
-      for (int t = 0; t < kT; ++t) acc[t] = fma(row, set1(x[t]), acc[t]);
-    }
-    for (int t = 0; t < kT; ++t) total[t] = add(total[t], acc[t]);
-  }
-  for (int t = 0; t < kT; ++t) store(c + 16 * t, total[t]);
-}
-
 // ---- One row block times some token tiles. ----
-
-struct TileRange {
-  std::int64_t begin, end;
-  std::int64_t count() const { return end - begin; }
-};
-
-// Calls `call` with the size of a token tile; only the sizes `pick_token_tile` gives for several tiles where kSeveral.
-template <bool kSeveral, class Call>
-FJ_INLINE void with_token_tile(std::int64_t tile, Call call) {
-  switch (tile) {
-    case 12: return call.template operator()<12>();
-    case 8: return call.template operator()<8>();
-    case 6: return call.template operator()<6>();
-  }
-  if constexpr (!kSeveral) {
-    switch (tile) {
-      case 4: return call.template operator()<4>();
-      case 3: return call.template operator()<3>();
-      case 2: return call.template operator()<2>();
-      default: return call.template operator()<1>();
-    }
-  }
-}
 
 // A few token tiles take the block's tiles as they are expanded; many take them from a panel, one after the other,
 // which reads the activations in the order they lie in.
@@ -318,43 +267,32 @@ void quantized_block(const Matrix& w, const std::uint8_t* block, const Activatio
   });
 }
 
-template <class Weight>
-void dense_block(const std::uint8_t* block, const Activations& x, TileRange tokens, float* c) {
-  with_token_tile<false>(x.tile, [&]<int kT>() {
-    for (std::int64_t i = tokens.begin; i < tokens.end; ++i, c += kT * 16) {
-      dense_kernel<kT, Weight>(block, x.columns, x.column(i, 0), c);
-    }
-  });
-}
-
 // c [tokens of the tiles][16] = x times row block `index` of w, transposed.
 inline void block_product(const Matrix& w, std::int64_t index, const Activations& x, TileRange tokens, std::uint8_t* panel, float* c) {
   const std::uint8_t* block = w.data + index * w.layout.block_bytes();
   std::fill_n(c, tokens.count() * x.tile * 16, 0.0f);
-  switch (w.format->format) {
-    case Format::kF32: return dense_block<F32>(block, x, tokens, c);
-    case Format::kF16: return dense_block<F16>(block, x, tokens, c);
-    case Format::kBF16: return dense_block<BF16>(block, x, tokens, c);
-    default:
-      with_tiles(w.format->format, [&]<class Tiles>() {
-        x.terms == 2 ? quantized_block<Tiles, 2>(w, block, x, tokens, panel, c) : quantized_block<Tiles, 1>(w, block, x, tokens, panel, c);
-      });
-  }
+  if (!w.is_quantized()) return dense_product(w.format->format, block, x, tokens, panel, c);
+  with_tiles(w.format->format, [&]<class Tiles>() {
+    x.terms == 2 ? quantized_block<Tiles, 2>(w, block, x, tokens, panel, c) : quantized_block<Tiles, 1>(w, block, x, tokens, panel, c);
+  });
 }
 
 // ---- A whole layer. ----
 
-// Token tiles taken together: their activations stay in the L2 cache while a row block goes over them.
+// Token tiles taken together: their codes stay in the L2 cache while a row block goes over them. Plain activations are
+// cut by columns (dense.h), so of those as many as there is room for.
 inline std::int64_t tiles_at_once(const Activations& x) {
   constexpr std::int64_t kL2Share = 512 << 10;
-  const std::int64_t bytes = (x.codes ? x.groups() * group_bytes(x.tile, x.terms) : 0) + (x.values ? x.columns * x.tile * 4 : 0);
+  const std::int64_t bytes = x.codes ? x.groups() * group_bytes(x.tile, x.terms) : 0;
   return std::clamp<std::int64_t>(kL2Share / std::max<std::int64_t>(bytes, 1), 4, 32);
 }
 
 // Per thread: a panel, and c for four row blocks of `tiles_at_once` tiles.
 constexpr std::int64_t kMaxTokensAtOnce = 32 * kTokenTile;
 
-inline std::int64_t panel_bytes(const Linear& w) { return w.columns() / kGroup * PanelTiles<6>::kBytes; }
+inline std::int64_t panel_bytes(const Linear& w) {
+  return std::max(kPanelBytes, w.columns() / kGroup * PanelTiles<6>::kBytes);
+}
 inline std::int64_t thread_bytes(std::int64_t panel) { return align64(panel) + 4 * kMaxTokensAtOnce * 64; }
 
 struct ThreadScratch {

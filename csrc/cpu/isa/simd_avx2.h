@@ -13,6 +13,10 @@ struct F { __m256 a, b; };
 struct I { __m256i a, b; };
 using Codes = I;  // 64 unsigned bytes: 4 per lane
 
+constexpr int kTokenTiles[] = {1, 2, 3, 4, 6, 8, 12};  // tokens that the kernels take together
+constexpr int kLeastOfSeveral = 6;                     // of them where a step has several tiles
+constexpr int kDenseTokens = 6;  // sums of 6 tokens take 12 of the 16 registers
+
 FJ_INLINE __m256i lane_mask(int n) {  // the first n of 8 lanes; n may be below 0 or above 8
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
@@ -33,6 +37,16 @@ FJ_INLINE F load_bf16(const std::uint16_t* p) {
   const auto* q = reinterpret_cast<const __m128i*>(p);
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(q)), 16)),
           _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(q + 1)), 16))};
+}
+// The first and the second of each lane's two bfloat16.
+FJ_INLINE F low_bf16(const std::uint8_t* p) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(at(p, 0)), 16)),
+          _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(at(p, 1)), 16))};
+}
+FJ_INLINE F high_bf16(const std::uint8_t* p) {
+  const __m256i upper = _mm256_set1_epi32(-65536);
+  return {_mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256(at(p, 0)), upper)),
+          _mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256(at(p, 1)), upper))};
 }
 FJ_INLINE F add(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
 FJ_INLINE F sub(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }

@@ -1,7 +1,11 @@
 // Sixteen lanes in one 512-bit register. Included by one translation unit per AVX-512 build.
 #pragma once
 
+#ifdef FJ_EMULATED
+#include "emulated_avx512.h"
+#else
 #include <immintrin.h>
+#endif
 
 #include <cstdint>
 
@@ -14,6 +18,10 @@ using I = __m512i;     // 16 int32
 using Codes = __m512i;  // 64 unsigned bytes: 4 per lane
 using Mask = __mmask16;
 
+constexpr int kTokenTiles[] = {1, 2, 3, 4, 6, 8, 12};  // tokens that the kernels take together
+constexpr int kLeastOfSeveral = 6;                     // of them where a step has several tiles
+constexpr int kDenseTokens = 12;  // sums of 12 tokens take 12 of the 32 registers
+
 FJ_INLINE Mask first_lanes(int n) { return static_cast<Mask>(n >= 16 ? 0xffff : (n <= 0 ? 0 : (1u << n) - 1)); }
 FJ_INLINE F zero() { return _mm512_setzero_ps(); }
 FJ_INLINE F set1(float x) { return _mm512_set1_ps(x); }
@@ -24,6 +32,11 @@ FJ_INLINE void store_n(float* p, F x, int n) { _mm512_mask_storeu_ps(p, first_la
 FJ_INLINE F load_half(const std::uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 FJ_INLINE F load_bf16(const std::uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+}
+// The first and the second of each lane's two bfloat16.
+FJ_INLINE F low_bf16(const std::uint8_t* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
+FJ_INLINE F high_bf16(const std::uint8_t* p) {
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(-65536)));
 }
 FJ_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
 FJ_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
@@ -68,6 +81,15 @@ FJ_INLINE I dot4(I acc, Codes c, const std::int8_t* x) {
   __builtin_memcpy(&word, x, 4);
   return _mm512_dpbusd_epi32(acc, c, _mm512_set1_epi32(word));
 }
+
+#ifdef FJ_BF16_DOTS
+// acc[lane] += the two bfloat16 of pairs[lane] times the two of x, one after the other.
+FJ_INLINE F dot2(F acc, Codes pairs, std::uint32_t x) {
+  return _mm512_dpbf16_ps(acc, (__m512bh)pairs, (__m512bh)_mm512_set1_epi32(static_cast<int>(x)));
+}
+// Rounded to nearest, ties to even; NaN stays NaN, and what is too small for a normal number becomes zero.
+FJ_INLINE void store_bf16(std::uint16_t* p, F x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x)); }
+#endif
 
 // Fixed order: halves are added until one lane is left.
 FJ_INLINE float sum(F x) {

@@ -15,6 +15,10 @@ typedef float F __attribute__((vector_size(64), aligned(64)));
 typedef std::int32_t I __attribute__((vector_size(64), aligned(64)));
 typedef std::uint8_t Codes __attribute__((vector_size(64), aligned(64)));  // 4 per lane
 
+constexpr int kTokenTiles[] = {1, 4};  // tokens that the kernels take together: few sizes, this build is for tests
+constexpr int kLeastOfSeveral = 4;     // of them where a step has several tiles
+constexpr int kDenseTokens = 2;  // a vector is four of the 16 registers that any x86-64 has
+
 // Loops stay out of line: sixteen-fold code in every kernel would take minutes to compile.
 template <class T, class Op>
 __attribute__((noinline)) T lanes(Op op) {
@@ -35,6 +39,17 @@ FJ_INLINE void store(float* p, F x) { std::memcpy(p, &x, 64); }
 FJ_INLINE void store_n(float* p, F x, int n) { if (n > 0) std::memcpy(p, &x, static_cast<std::size_t>(n < 16 ? 4 * n : 64)); }
 FJ_INLINE F load_half(const std::uint16_t* p) { return lanes<F>([=](int i) { return half_to_float(p[i]); }); }
 FJ_INLINE F load_bf16(const std::uint16_t* p) { return lanes<F>([=](int i) { return bf16_to_float(p[i]); }); }
+// The first and the second of each lane's two bfloat16.
+FJ_INLINE F low_bf16(const std::uint8_t* p) {
+  I x;
+  std::memcpy(&x, p, 64);
+  return (F)(x << 16);
+}
+FJ_INLINE F high_bf16(const std::uint8_t* p) {
+  I x;
+  std::memcpy(&x, p, 64);
+  return (F)(x & -65536);
+}
 FJ_INLINE F add(F x, F y) { return x + y; }
 FJ_INLINE F sub(F x, F y) { return x - y; }
 FJ_INLINE F mul(F x, F y) { return x * y; }

@@ -135,8 +135,8 @@ struct Kernels {
   std::int64_t (*draw_token)(const float* row, std::int64_t size, const Banned& banned, const Draw& draw);
 };
 
-// The best kernels that this processor runs where `name` is null or empty, else those called "scalar", "avx2" or
-// "avx512_vnni". Null where the name is unknown or the processor lacks them.
+// The best kernels that this processor runs where `name` is null or empty, else those called "scalar", "avx2",
+// "avx512_vnni" or "avx512_bf16". Null where the name is unknown or the processor lacks them.
 const Kernels* find_kernels(const char* name);
 
 }  // namespace flexjudge

@@ -40,7 +40,7 @@ struct FormatInfo {
 const FormatInfo& format_info(Format format);
 const FormatInfo* find_format(std::string_view name);
 
-// A row block holds `code_bytes` of codes, then `scale_bytes` of scales, both multiples of 64.
+// A row block holds `code_bytes` of codes or plain values, then `scale_bytes` of scales, both multiples of 64.
 struct PackedLayout {
   std::int64_t row_blocks, code_bytes, scale_bytes;
   std::int64_t block_bytes() const { return code_bytes + scale_bytes; }
