@@ -143,7 +143,7 @@ struct CacheMemory {
   double put(int side, std::int64_t block, std::int64_t head, std::int64_t offset, std::int64_t d) const {
     std::uint8_t* base = cache.head(0, side, block, head);
     std::uint8_t* at = base + cache.element_bytes() * (side == 0 ? d * cache.block_size + offset : offset * cache.head_dim + d);
-    const float value = random_float(), scale = 0.01f * static_cast<float>(offset + 1);
+    const float value = random_float(), scale = 0.001f * static_cast<float>(offset % 8 + 1);
     const std::uint16_t half = cache.format == KvFormat::kF16 ? float_to_half(value) : float_to_bf16(value);
     switch (cache.format) {
       case KvFormat::kF32: std::memcpy(at, &value, 4); return static_cast<double>(value);

@@ -129,5 +129,5 @@ def test_smollm2_stays_close(smollm2_path):
         make(smollm2_path, name, max_model_len=512, kv_cache_memory="64MiB") for name in ("auto", "int8")
     ]
     expected, got = (engine.logits(TEXT) for engine in engines)
-    print(mean_kl(expected, got), (expected.argmax(-1) == got.argmax(-1)).float().mean())
-    assert mean_kl(expected, got) < 1
+    assert mean_kl(expected, got) < 2e-3  # measured: 0.95e-3; on 1565 tokens of docs/architecture.md 0.67e-3
+    assert (expected.argmax(-1) == got.argmax(-1)).float().mean() > 0.95  # measured: 0.991
