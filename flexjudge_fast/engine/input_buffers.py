@@ -51,7 +51,7 @@ class InputBuffers:
             at = end
         self._numbers[3, : len(rows)] = rows
         count = len(batch.chunks)
-        ids, positions, slots = self._tokens[:3, :at].to(self.device)
+        ids, positions, slots = self._tokens[:3, :at].to(self.device).unbind()
         attention = AttentionInput(
             positions,
             slots,
@@ -64,7 +64,7 @@ class InputBuffers:
 
     def _fill_tokens(self, chunk: Chunk, where: slice, table: "np.ndarray[Any, np.dtype[np.int64]]") -> None:
         """Ids, positions and slots of one chunk. table: [max_blocks]."""
-        ids, positions, slots = self._numbers[:, where]
+        ids, positions, slots = self._numbers[:3, where]
         if chunk.num_tokens == 1:
             start = chunk.start
             ids[0], positions[0] = chunk.request.token_ids[start], start

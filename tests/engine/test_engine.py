@@ -146,10 +146,11 @@ def test_nan_logits_fail_one_request_only(engine, monkeypatch):
     step = engine._parts.runner.model.step
 
     def poisoned(*args):
-        out = step(*args)
-        if len(out) == 3:
-            out[1] = torch.nan
-        return out
+        logits, finite = step(*args)
+        if len(logits) == 3:
+            logits[1] = torch.nan
+            finite[1] = False
+        return logits, finite
 
     want = [c.token_ids for c in engine.generate(["x", "z"], SAMPLED)]
     monkeypatch.setattr(engine._parts.runner.model, "step", poisoned)
@@ -295,7 +296,8 @@ def test_nan_with_votes_and_probes_ends_in_an_error(folder, step):
     def poisoned(*args):
         nonlocal calls
         calls += 1
-        return run(*args) * (torch.nan if calls == step else 1)
+        logits, finite = run(*args)
+        return (logits * torch.nan, finite & False) if calls == step else (logits, finite)
 
     want = judge.score("Q", "A", votes=2, max_think_tokens=2).scores
     model.step = poisoned
