@@ -1,16 +1,25 @@
-// The thread pool, packed products and draws by themselves, for the sanitizers: every buffer is exactly as large as
-// the interface asks for.
+// The thread pool, packed products and draws by themselves, for the sanitizers and for emulated instruction sets: every
+// buffer is exactly as large as the interface asks for. FJ_TESTED: the table of kernels; FJ_TWIN: one of the same bits.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <random>
 #include <vector>
 
 #include "flexjudge/decoder.h"
+#include "flexjudge/half.h"
+
+#ifndef FJ_TESTED
+#define FJ_TESTED kernels_scalar
+#endif
 
 namespace flexjudge {
-extern const Kernels kernels_scalar;
-}
+extern const Kernels FJ_TESTED;
+#ifdef FJ_TWIN
+extern const Kernels FJ_TWIN;
+#endif
+}  // namespace flexjudge
 
 namespace {
 
@@ -64,6 +73,21 @@ std::vector<std::uint8_t> random_source(const FormatInfo& format, std::int64_t r
   return source;
 }
 
+// What the products of `format` see of activations: one build rounds them for bfloat16 weights.
+std::vector<float> seen_activations(const FormatInfo& format, std::vector<float> x) {
+  if (format.format != Format::kBF16 || std::strcmp(FJ_TESTED.isa, "avx512_bf16") != 0) return x;
+  for (float& v : x) v = bf16_to_float(float_to_bf16(v));
+  return x;
+}
+
+std::vector<float> product(const Kernels& kernels, const Linear& w, const std::vector<float>& x, std::int64_t tokens, int terms, int threads) {
+  std::vector<float> out(static_cast<std::size_t>(tokens * w.rows()));
+  const Aligned scratch(kernels.linear_scratch_bytes(w, terms, tokens, threads));
+  run_team(threads, [&](Team& team, int rank) { kernels.linear(w, terms, x.data(), tokens, out.data(), scratch.data, team, rank); });
+  return out;
+}
+
+// Against float64; a token alone against the batch; and, where there is a twin, against its bits.
 void test_linear(Format which, std::int64_t rows, std::int64_t units, std::int64_t tokens, int threads) {
   const FormatInfo& format = format_info(which);
   const std::int64_t columns = units * format.unit;
@@ -71,38 +95,46 @@ void test_linear(Format which, std::int64_t rows, std::int64_t units, std::int64
   const std::vector<std::uint8_t> source = random_source(format, rows, columns);
   const Aligned packed(layout.bytes());
   pack_rows(format, source.data(), rows, columns, 0, layout.row_blocks, packed.data);
-  std::vector<float> x(static_cast<std::size_t>(tokens * columns)), out(static_cast<std::size_t>(tokens * rows)), row(static_cast<std::size_t>(columns));
+  std::vector<float> x(static_cast<std::size_t>(tokens * columns)), row(static_cast<std::size_t>(columns));
   for (float& v : x) v = static_cast<float>(random_bits() % 2001) / 1000.0f - 1.0f;
   Linear w;
   w.parts.push_back({packed.data, &format, rows, columns, layout});
-  const Aligned scratch(kernels_scalar.linear_scratch_bytes(w, 2, tokens, threads));
-  run_team(threads, [&](Team& team, int rank) { kernels_scalar.linear(w, 2, x.data(), tokens, out.data(), scratch.data, team, rank); });
+  const std::vector<float> out = product(FJ_TESTED, w, x, tokens, 2, threads), seen = seen_activations(format, x);
   for (std::int64_t r = 0; r < rows; ++r) {
     unpack_row(format, packed.data, rows, columns, r, row.data());
     for (std::int64_t t = 0; t < tokens; ++t) {
       double exact = 0, size = 0;
       for (std::int64_t k = 0; k < columns; ++k) {
-        const double product = static_cast<double>(row[static_cast<std::size_t>(k)]) * static_cast<double>(x[static_cast<std::size_t>(t * columns + k)]);
-        exact += product;
-        size += std::abs(product);
+        const double term = static_cast<double>(row[static_cast<std::size_t>(k)]) * static_cast<double>(seen[static_cast<std::size_t>(t * columns + k)]);
+        exact += term;
+        size += std::abs(term);
       }
-      expect(std::abs(exact - static_cast<double>(out[static_cast<std::size_t>(t * rows + r)])) <= 1e-4 * size + 1e-12, format.name.data());
+      const double limit = (w.parts[0].is_quantized() ? 1e-4 : 1e-6) * size + 1e-12;
+      expect(std::abs(exact - static_cast<double>(out[static_cast<std::size_t>(t * rows + r)])) <= limit, format.name.data());
     }
   }
+  const std::vector<float> last(x.end() - columns, x.end()), alone = product(FJ_TESTED, w, last, 1, 2, 1);
+  expect(std::memcmp(alone.data(), out.data() + (tokens - 1) * rows, static_cast<std::size_t>(rows) * 4) == 0, "the same bits alone");
+#ifdef FJ_TWIN
+  if (seen != x) return;  // other arithmetic
+  for (const int terms : {1, 2}) {
+    expect(product(FJ_TESTED, w, x, tokens, terms, threads) == product(FJ_TWIN, w, x, tokens, terms, threads), "the twin's bits");
+  }
+#endif
 }
 
 void test_draws() {
   for (const std::int64_t size : {1, 15, 16, 257, 1000}) {
     std::vector<float> row(static_cast<std::size_t>(size));
     for (float& v : row) v = static_cast<float>(random_bits() % 1000) / 100.0f;
-    expect(kernels_scalar.all_finite(row.data(), size), "finite");
+    expect(FJ_TESTED.all_finite(row.data(), size), "finite");
     const std::int64_t banned = 0;
     for (const Draw& draw : {Draw{0, 0, 1, 0, 0}, Draw{0, 1, 1, 0, 0.99}, Draw{3, 1, 0.5, 0.1, 0.5}, Draw{0, 0.1, 0.9, 0, 0.999}}) {
-      const std::int64_t id = kernels_scalar.draw_token(row.data(), size, {&banned, size > 1 ? 1 : 0}, draw);
+      const std::int64_t id = FJ_TESTED.draw_token(row.data(), size, {&banned, size > 1 ? 1 : 0}, draw);
       expect(id >= (size > 1 ? 1 : 0) && id < size, "a drawn id");
     }
     row.back() = NAN;
-    expect(!kernels_scalar.all_finite(row.data(), size), "not finite");
+    expect(!FJ_TESTED.all_finite(row.data(), size), "not finite");
   }
 }
 
@@ -111,7 +143,12 @@ void test_draws() {
 int main() {
   test_pool();
   for (int f = static_cast<int>(Format::kF32); f <= static_cast<int>(Format::kI4_128); ++f) {
-    for (const std::int64_t tokens : {1, 5, 9, 13, 25, 61}) test_linear(static_cast<Format>(f), 37, 1 + tokens % 3, tokens, 1 + static_cast<int>(tokens % 3));
+    const auto format = static_cast<Format>(f);
+    const bool is_dense = format_info(format).scales == Scales::kNone;
+    for (const std::int64_t tokens : {1, 5, 9, 13, 25, 61}) {
+      const std::int64_t units = is_dense ? 11 * tokens + (tokens == 9) : 1 + tokens % 3;  // up to 671 columns
+      test_linear(format, 37, units, tokens, 1 + static_cast<int>(tokens % 3));
+    }
   }
   test_draws();
   std::puts("ok");

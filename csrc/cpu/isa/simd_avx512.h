@@ -3,13 +3,13 @@
 
 #ifdef FJ_EMULATED
 #include "emulated_avx512.h"
+#define FJ_INLINE inline  // inlined, emulated functions take minutes to compile
 #else
 #include <immintrin.h>
+#define FJ_INLINE inline __attribute__((always_inline))
 #endif
 
 #include <cstdint>
-
-#define FJ_INLINE inline __attribute__((always_inline))
 
 namespace flexjudge::FJ_ISA {
 
