@@ -1,5 +1,6 @@
 // The thread pool, packed products and draws by themselves, for the sanitizers and for emulated instruction sets: every
 // buffer is exactly as large as the interface asks for. FJ_TESTED: the table of kernels; FJ_TWIN: one of the same bits.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -115,6 +116,11 @@ void test_linear(Format which, std::int64_t rows, std::int64_t units, std::int64
   }
   const std::vector<float> last(x.end() - columns, x.end()), alone = product(FJ_TESTED, w, last, 1, 2, 1);
   expect(std::memcmp(alone.data(), out.data() + (tokens - 1) * rows, static_cast<std::size_t>(rows) * 4) == 0, "the same bits alone");
+  std::vector<float> bad = x;
+  bad[static_cast<std::size_t>(columns / 2)] = NAN;
+  const std::vector<float> spoilt = product(FJ_TESTED, w, bad, tokens, 2, threads);
+  for (std::int64_t r = 0; r < rows; ++r) expect(std::isnan(spoilt[static_cast<std::size_t>(r)]), "NaN is kept");
+  expect(tokens == 1 || std::equal(out.begin() + rows, out.end(), spoilt.begin() + rows), "and stays in its token");
 #ifdef FJ_TWIN
   if (seen != x) return;  // other arithmetic
   for (const int terms : {1, 2}) {

@@ -105,7 +105,7 @@ inline std::int64_t values_bytes(std::int64_t num_tokens, std::int64_t columns) 
   return align64((num_tokens + kTokenTile) * (columns + 1) * 4);
 }
 inline std::int64_t activation_bytes(std::int64_t num_tokens, std::int64_t columns, int terms) {
-  return codes_bytes(num_tokens, columns, terms) + values_bytes(num_tokens, columns) + (kBF16Dots ? values_bytes(num_tokens, columns) / 2 : 0);
+  return codes_bytes(num_tokens, columns, terms) + values_bytes(num_tokens, columns) + (kBF16Dots ? align64(values_bytes(num_tokens, columns) / 2) : 0);
 }
 
 inline Activations place_activations(std::uint8_t* memory, Forms forms, std::int64_t num_tokens, std::int64_t columns,
