@@ -16,7 +16,7 @@ THREADS = ["-O1", "-g", "-fsanitize=thread"]
 
 
 EMULATED = ["-O1", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-mavx2", "-mfma", "-mf16c"]
-EMULATED += ["-DFJ_EMULATED", "-DFJ_TWIN=kernels_avx2"]
+EMULATED += ["-DFJ_EMULATED", "-DFJ_INLINE=inline", "-DFJ_TWIN=kernels_avx2"]
 
 
 def find_compiler() -> str:

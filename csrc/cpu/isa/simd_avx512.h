@@ -3,13 +3,15 @@
 
 #ifdef FJ_EMULATED
 #include "emulated_avx512.h"
-#define FJ_INLINE inline  // inlined, emulated functions take minutes to compile
 #else
 #include <immintrin.h>
-#define FJ_INLINE inline __attribute__((always_inline))
 #endif
 
 #include <cstdint>
+
+#ifndef FJ_INLINE  // tests leave it to the compiler: emulated functions, inlined, take minutes to compile
+#define FJ_INLINE inline __attribute__((always_inline))
+#endif
 
 namespace flexjudge::FJ_ISA {
 
