@@ -141,8 +141,8 @@ FJ_INLINE void quantize_group(F a, F b, GroupMeta* meta, std::int8_t* out) {
     store_s8(out, qa);
     store_s8(out + 16, qb);
   }
-  const int low = sum_i(qa), high = sum_i(qb);
-  *meta = {scale, scale * static_cast<float>(low + high), scale * static_cast<float>(low), scale * static_cast<float>(high)};
+  const float low = static_cast<float>(sum_i(qa)), high = static_cast<float>(sum_i(qb));  // exact, as is their sum
+  *meta = {scale, scale * (low + high), scale * low, scale * high};
 }
 
 #ifdef FJ_BF16_DOTS
