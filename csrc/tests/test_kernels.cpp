@@ -1,5 +1,6 @@
-// The thread pool, packed products, attention, a decoder's steps and draws by themselves, for the sanitizers: every
-// buffer is exactly as large as the interface asks for.
+// The thread pool, packed products, attention, a decoder's steps and draws by themselves, for the sanitizers and for
+// emulated instruction sets: every buffer is exactly as large as the interface asks for. FJ_TESTED: the table of
+// kernels; FJ_TWIN: one of the same bits.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -13,9 +14,16 @@
 #include "flexjudge/decoder.h"
 #include "flexjudge/half.h"
 
+#ifndef FJ_TESTED
+#define FJ_TESTED kernels_scalar
+#endif
+
 namespace flexjudge {
-extern const Kernels kernels_scalar;
-}
+extern const Kernels FJ_TESTED;
+#ifdef FJ_TWIN
+extern const Kernels FJ_TWIN;
+#endif
+}  // namespace flexjudge
 
 namespace {
 
@@ -77,6 +85,21 @@ std::vector<std::uint8_t> random_source(const FormatInfo& format, std::int64_t r
   return source;
 }
 
+// What the products of `format` see of activations: one build rounds them for bfloat16 weights.
+std::vector<float> seen_activations(const FormatInfo& format, std::vector<float> x) {
+  if (format.format != Format::kBF16 || std::strcmp(FJ_TESTED.isa, "avx512_bf16") != 0) return x;
+  for (float& v : x) v = bf16_to_float(float_to_bf16(v));
+  return x;
+}
+
+std::vector<float> product(const Kernels& kernels, const Linear& w, const std::vector<float>& x, std::int64_t tokens, int terms, int threads) {
+  std::vector<float> out(static_cast<std::size_t>(tokens * w.rows()));
+  const Aligned scratch(kernels.linear_scratch_bytes(w, terms, tokens, threads));
+  run_team(threads, [&](Team& team, int rank) { kernels.linear(w, terms, x.data(), tokens, out.data(), scratch.data, team, rank); });
+  return out;
+}
+
+// Against float64; a token alone against the batch; and, where there is a twin, against its bits.
 void test_linear(Format which, std::int64_t rows, std::int64_t units, std::int64_t tokens, int threads) {
   const FormatInfo& format = format_info(which);
   const std::int64_t columns = units * format.unit;
@@ -85,23 +108,36 @@ void test_linear(Format which, std::int64_t rows, std::int64_t units, std::int64
   const Aligned packed(layout.bytes());
   pack_rows(format, source.data(), rows, columns, 0, layout.row_blocks, packed.data);
   const std::vector<float> x = random_floats(tokens * columns);
-  std::vector<float> out(static_cast<std::size_t>(tokens * rows)), row(static_cast<std::size_t>(columns));
+  std::vector<float> row(static_cast<std::size_t>(columns));
   Linear w;
   w.parts.push_back({packed.data, &format, rows, columns, layout});
-  const Aligned scratch(kernels_scalar.linear_scratch_bytes(w, 2, tokens, threads));
-  run_team(threads, [&](Team& team, int rank) { kernels_scalar.linear(w, 2, x.data(), tokens, out.data(), scratch.data, team, rank); });
+  const std::vector<float> out = product(FJ_TESTED, w, x, tokens, 2, threads), seen = seen_activations(format, x);
   for (std::int64_t r = 0; r < rows; ++r) {
     unpack_row(format, packed.data, rows, columns, r, row.data());
     for (std::int64_t t = 0; t < tokens; ++t) {
       double exact = 0, size = 0;
       for (std::int64_t k = 0; k < columns; ++k) {
-        const double product = static_cast<double>(row[static_cast<std::size_t>(k)]) * static_cast<double>(x[static_cast<std::size_t>(t * columns + k)]);
-        exact += product;
-        size += std::abs(product);
+        const double term = static_cast<double>(row[static_cast<std::size_t>(k)]) * static_cast<double>(seen[static_cast<std::size_t>(t * columns + k)]);
+        exact += term;
+        size += std::abs(term);
       }
-      expect(std::abs(exact - static_cast<double>(out[static_cast<std::size_t>(t * rows + r)])) <= 1e-4 * size + 1e-12, format.name.data());
+      const double limit = (w.parts[0].is_quantized() ? 1e-4 : 1e-6) * size + 1e-12;
+      expect(std::abs(exact - static_cast<double>(out[static_cast<std::size_t>(t * rows + r)])) <= limit, format.name.data());
     }
   }
+  const std::vector<float> last(x.end() - columns, x.end()), alone = product(FJ_TESTED, w, last, 1, 2, 1);
+  expect(std::memcmp(alone.data(), out.data() + (tokens - 1) * rows, static_cast<std::size_t>(rows) * 4) == 0, "the same bits alone");
+  std::vector<float> bad = x;
+  bad[static_cast<std::size_t>(columns / 2)] = NAN;
+  const std::vector<float> spoilt = product(FJ_TESTED, w, bad, tokens, 2, threads);
+  for (std::int64_t r = 0; r < rows; ++r) expect(std::isnan(spoilt[static_cast<std::size_t>(r)]), "NaN is kept");
+  expect(tokens == 1 || std::equal(out.begin() + rows, out.end(), spoilt.begin() + rows), "and stays in its token");
+#ifdef FJ_TWIN
+  if (seen != x) return;  // other arithmetic
+  for (const int terms : {1, 2}) {
+    expect(product(FJ_TESTED, w, x, tokens, terms, threads) == product(FJ_TWIN, w, x, tokens, terms, threads), "the twin's bits");
+  }
+#endif
 }
 
 // Sequences of a step, block tables in no order, and the slots of the step's tokens.
@@ -195,9 +231,9 @@ void test_attention(KvFormat format, AttentionShape shape, std::int64_t block_si
   const auto stored = fill(memory, batch);
   const std::vector<float> query = random_floats(batch.num_tokens() * width);
   std::vector<float> out(query.size());
-  const Aligned scratch(kernels_scalar.attention_scratch_bytes(shape, 531, threads));
+  const Aligned scratch(FJ_TESTED.attention_scratch_bytes(shape, 531, threads));
   run_team(threads, [&](Team& team, int rank) {
-    kernels_scalar.attention(shape, query.data(), width, memory.cache, 0, batch.sequences(), out.data(), scratch.data, team, rank);
+    FJ_TESTED.attention(shape, query.data(), width, memory.cache, 0, batch.sequences(), out.data(), scratch.data, team, rank);
   });
   for (std::size_t s = 0; s < 3; ++s) {
     for (std::int64_t t = batch.query_start[s]; t < batch.query_start[s + 1]; ++t) {
@@ -265,8 +301,8 @@ std::vector<float> run_decoder(const Decoder& model, KvFormat format, std::int64
     std::vector<float> logits(static_cast<std::size_t>(n * model.head.rows()));
     const Step step{n,    ids.data(), positions.data(), batch->slots.data(), batch->sequences(), memory.cache,
                     n, rows.data(), logits.data(), finite.get()};
-    const Aligned scratch(kernels_scalar.decoder_scratch_bytes(model, n, *std::max_element(batch->context_lens.begin(), batch->context_lens.end()), threads));
-    run_team(threads, [&](Team& team, int rank) { kernels_scalar.decoder(model, step, scratch.data, team, rank); });
+    const Aligned scratch(FJ_TESTED.decoder_scratch_bytes(model, n, *std::max_element(batch->context_lens.begin(), batch->context_lens.end()), threads));
+    run_team(threads, [&](Team& team, int rank) { FJ_TESTED.decoder(model, step, scratch.data, team, rank); });
     for (std::int64_t i = 0; i < n; ++i) expect(finite[static_cast<std::size_t>(i)], "rows told finite");
     all.insert(all.end(), logits.begin(), logits.end());
   }
@@ -289,7 +325,7 @@ void test_draws() {
     for (float& v : row) v = static_cast<float>(random_bits() % 1000) / 100.0f;
     const std::int64_t banned = 0;
     for (const Draw& draw : {Draw{0, 0, 1, 0, 0}, Draw{0, 1, 1, 0, 0.99}, Draw{3, 1, 0.5, 0.1, 0.5}, Draw{0, 0.1, 0.9, 0, 0.999}}) {
-      const std::int64_t id = kernels_scalar.draw_token(row.data(), size, {&banned, size > 1 ? 1 : 0}, draw);
+      const std::int64_t id = FJ_TESTED.draw_token(row.data(), size, {&banned, size > 1 ? 1 : 0}, draw);
       expect(id >= (size > 1 ? 1 : 0) && id < size, "a drawn id");
     }
   }
@@ -300,7 +336,12 @@ void test_draws() {
 int main() {
   test_pool();
   for (int f = static_cast<int>(Format::kF32); f <= static_cast<int>(Format::kI8_32); ++f) {
-    for (const std::int64_t tokens : {1, 5, 9, 13, 25, 61}) test_linear(static_cast<Format>(f), 37, 1 + tokens % 3, tokens, 1 + static_cast<int>(tokens % 3));
+    const auto format = static_cast<Format>(f);
+    const bool is_dense = format_info(format).scales == Scales::kNone;
+    for (const std::int64_t tokens : {1, 5, 9, 13, 25, 61}) {
+      const std::int64_t units = is_dense ? 11 * tokens + (tokens == 9) : 1 + tokens % 3;  // up to 671 columns
+      test_linear(format, 37, units, tokens, 1 + static_cast<int>(tokens % 3));
+    }
   }
   for (const KvFormat format : {KvFormat::kF32, KvFormat::kF16, KvFormat::kBF16, KvFormat::kInt8}) {
     test_attention(format, {6, 2, 32, 0.2f}, 16, 1);

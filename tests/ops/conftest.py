@@ -5,7 +5,7 @@ import torch
 
 from flexjudge_fast.ops.backend import has_compiled_ops
 
-ISAS = ("scalar", "avx2", "avx512_vnni")
+ISAS = ("scalar", "avx2", "avx512_vnni", "avx512_bf16")
 
 
 @pytest.fixture

@@ -1,23 +1,34 @@
 """The C++ sources by themselves: under sanitizers, as shipped, and on a machine without a compiler."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 SANITIZED = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 THREADS = ["-O1", "-g", "-fsanitize=thread"]
 
 
-def run_standalone(test: str, sources: list[str], flags: list[str], folder: Path) -> None:
-    """Compile csrc/tests/`test`.cpp with `sources` of csrc/cpu and run it."""
+EMULATED = ["-O1", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-mavx2", "-mfma", "-mf16c"]
+EMULATED += ["-DFJ_EMULATED", "-DFJ_INLINE=inline", "-DFJ_TWIN=kernels_avx2"]
+
+
+def find_compiler() -> str:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         pytest.skip("there is no C++ compiler here")
+    return compiler
+
+
+def run_standalone(test: str, sources: list[str], flags: list[str], folder: Path) -> None:
+    """Compile csrc/tests/`test`.cpp with `sources` of csrc/cpu and run it."""
+    compiler = find_compiler()
     files = [ROOT / f"csrc/tests/{test}.cpp", *(ROOT / "csrc/cpu" / name for name in sources)]
     common = ["-std=c++20", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-psabi", "-Werror", "-pthread"]
     command = [compiler, *common, f"-I{ROOT / 'csrc/include'}", *flags, *files, "-o", folder / test]
@@ -37,6 +48,19 @@ def test_dequantize(flags, tmp_path):
 def test_kernels(flags, tmp_path):
     """The scalar kernels and the thread pool: memory and arithmetic, then races."""
     run_standalone("test_kernels", ["pack.cpp", "thread_pool.cpp", "isa/scalar.cpp"], flags, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ["avx512_vnni", "avx512_bf16"])
+def test_emulated_kernels(isa, tmp_path):
+    """The AVX-512 builds on a processor with AVX2: accurate, and its bits unless they round activations."""
+    if platform.machine() != "x86_64" or not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        pytest.skip("the emulation needs an x86-64 processor with AVX2")
+    header = ["-x", "c++", "-fsyntax-only", "-include", "simde/x86/avx512.h", os.devnull]
+    if subprocess.run([find_compiler(), *header], capture_output=True, check=False).returncode != 0:
+        pytest.skip("SIMDe's headers are not installed: apt-get install libsimde-dev")
+    sources = ["pack.cpp", "thread_pool.cpp", "isa/avx2.cpp", f"isa/{isa}.cpp"]
+    run_standalone("test_kernels", sources, [f"-DFJ_TESTED=kernels_{isa}", *EMULATED], tmp_path)
 
 
 def test_build_without_a_compiler(tmp_path):

@@ -87,9 +87,11 @@ def test_linear_is_accurate(name, isa):
         matrix = pack(source, name, columns)
         weight = source.float() if name in DENSE else dequantize(source, name)
         exact = x.double() @ weight.double().T
-        limit = 1e-6 if name in DENSE else 1e-4
+        rounded = isa == "avx512_bf16" and name == "BF16"  # the one build and format that rounds
+        limit = (1e-3 if columns >= 64 else 2**-9) if rounded else 1e-6 if name in DENSE else 1e-4
         assert relative_error(packed_linear(x, matrix, 2, 2), exact, x, weight) < limit
-        got, reference = packed_linear(x, matrix, 1, 1), packed_linear_reference(x, source, name, 1)
+        seen = x.bfloat16().float() if rounded else x
+        got, reference = packed_linear(x, matrix, 1, 1), packed_linear_reference(seen, source, name, 1)
         assert relative_error(got, reference, x, weight) < 2e-6
 
 

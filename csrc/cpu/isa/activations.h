@@ -121,7 +121,7 @@ inline std::int64_t values_bytes(std::int64_t num_tokens, std::int64_t columns) 
   return align64((num_tokens + kTokenTile) * (columns + 1) * 4);
 }
 inline std::int64_t activation_bytes(std::int64_t num_tokens, std::int64_t columns, int terms) {
-  return codes_bytes(num_tokens, columns, terms) + values_bytes(num_tokens, columns) + (kBF16Dots ? values_bytes(num_tokens, columns) / 2 : 0);
+  return codes_bytes(num_tokens, columns, terms) + values_bytes(num_tokens, columns) + (kBF16Dots ? align64(values_bytes(num_tokens, columns) / 2) : 0);
 }
 
 inline Activations place_activations(std::uint8_t* memory, Forms forms, std::int64_t num_tokens, std::int64_t columns,
@@ -150,8 +150,8 @@ FJ_INLINE void quantize_group(F a, F b, GroupMeta* meta, std::int8_t* out) {
     store_s8(out, qa);
     store_s8(out + 16, qb);
   }
-  const int low = sum_i(qa), high = sum_i(qb);
-  *meta = {scale, scale * static_cast<float>(low + high), scale * static_cast<float>(low), scale * static_cast<float>(high)};
+  const float low = static_cast<float>(sum_i(qa)), high = static_cast<float>(sum_i(qb));  // exact, as is their sum
+  *meta = {scale, scale * (low + high), scale * low, scale * high};
 }
 
 #ifdef FJ_BF16_DOTS

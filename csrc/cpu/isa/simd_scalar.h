@@ -87,9 +87,9 @@ FJ_INLINE I load_u8(const std::uint8_t* p) { return lanes<I>([=](int i) { return
 FJ_INLINE I load_s8(const std::uint8_t* p) { return lanes<I>([=](int i) { return static_cast<std::int8_t>(p[i]); }); }
 FJ_INLINE void store_s8(std::int8_t* p, I x) { for (int i = 0; i < 16; ++i) p[i] = static_cast<std::int8_t>(x[i]); }
 FJ_INLINE int sum_i(I x) {
-  int total = 0;
-  for (int i = 0; i < 16; ++i) total += x[i];
-  return total;
+  std::uint32_t total = 0;  // wraps, as the other builds' does: NaN became the smallest int
+  for (int i = 0; i < 16; ++i) total += static_cast<std::uint32_t>(x[i]);
+  return static_cast<int>(total);
 }
 
 FJ_INLINE Codes load_codes(const std::uint8_t* p) {
