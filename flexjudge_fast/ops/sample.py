@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from flexjudge_fast.ops.backend import has_compiled_ops
@@ -38,8 +39,9 @@ def sample_tokens(
     """
     if logits.device.type == "cpu" and has_compiled_ops():
         wanted = [(d.row, d.top_k, d.temperature, d.top_p, d.min_p, d.uniform) for d in draws]
-        numbers = torch.tensor(wanted, dtype=torch.float64).reshape(-1, 6)
-        ids = torch.tensor(banned, dtype=torch.int64)
+        # By way of numpy, which takes a tenth of torch's time for a few numbers.
+        numbers = torch.from_numpy(np.array(wanted, dtype=np.float64).reshape(-1, 6))
+        ids = torch.from_numpy(np.array(banned, dtype=np.int64))
         found: list[int] = torch.ops.flexjudge.sample_tokens(logits, numbers, ids, threads).tolist()
         return found
     return [sample_reference(logits[draw.row], draw, banned) for draw in draws]
