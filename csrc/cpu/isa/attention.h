@@ -166,9 +166,10 @@ void gather_position(const std::uint8_t* keys, const std::uint8_t* values, std::
   s.value_rows[index] = reinterpret_cast<const std::uint8_t*>(row);
 }
 
+// is_cold: the blocks are fetched side by side first, as nothing read them in this step.
 template <class Element>
 ChunkView view_chunk(const KvCache& cache, std::int64_t layer, const std::int64_t* table, std::int64_t kv_head, std::int64_t begin,
-                     std::int64_t end, std::int64_t dim, AttentionScratch& s) {
+                     std::int64_t end, std::int64_t dim, bool is_cold, AttentionScratch& s) {
   constexpr std::int64_t kBytes = sizeof(typename Element::Stored);
   const std::int64_t size = cache.block_size, head_dim = cache.head_dim;
   const bool is_odd = size % 16 != 0 || head_dim % 16 != 0;
@@ -177,6 +178,10 @@ ChunkView view_chunk(const KvCache& cache, std::int64_t layer, const std::int64_
     run = std::min(size - offset, end - p);
     std::uint8_t* keys = cache.head(layer, 0, block, kv_head);
     std::uint8_t* values = cache.head(layer, 1, block, kv_head);
+    if (is_cold) {
+      for (std::int64_t at = 0; at < size * head_dim * kBytes; at += 64) __builtin_prefetch(keys + at, 0, 2);
+      for (std::int64_t at = 0; at < run * head_dim * kBytes; at += 64) __builtin_prefetch(values + offset * head_dim * kBytes + at, 0, 2);
+    }
     if (cache.scale_bytes() != 0) {
       std::memcpy(s.key_scales + index, cache.scale(keys, offset), static_cast<std::size_t>(4 * run));
       std::memcpy(s.value_scales + index, cache.scale(values, offset), static_cast<std::size_t>(4 * run));
@@ -245,7 +250,7 @@ template <class Element>
 void attend_chunk(const AttentionTask& task, const KvCache& cache, std::int64_t layer, const std::int64_t* table, std::int64_t chunk,
                   std::int64_t dim, AttentionScratch& s, Partial out) {
   const std::int64_t begin = chunk * kChunk, end = std::min(task.context(), begin + kChunk);
-  const ChunkView view = view_chunk<Element>(cache, layer, table, task.kv_head, begin, end, dim, s);
+  const ChunkView view = view_chunk<Element>(cache, layer, table, task.kv_head, begin, end, dim, task.num_tokens == 1, s);
   view.is_float ? chunk_task<F32>(task, view, begin, end, dim, cache.head_dim, s, out)
                 : chunk_task<Element>(task, view, begin, end, dim, cache.head_dim, s, out);
 }
