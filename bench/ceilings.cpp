@@ -1,6 +1,6 @@
 // What the machine can do, measured on request: `ceilings BYTES`, then a line "NAME THREADS USED" on stdin per
 // measurement, answered with a number (GB/s or giga-operations a second) or "missing REASON". Reads go over USED of BYTES.
-// NAME: read, int8 (vpdpbusd), bf16 (vdpbf16ps), fp32 (fused multiply-add).
+// NAME: read, int8 (vpdpbusd, or vpmaddubsw without the sums it needs), bf16 (vdpbf16ps), fp32 (fused multiply-add).
 #include <immintrin.h>
 #include <sys/mman.h>
 
@@ -79,6 +79,10 @@ double read_speed(const std::uint8_t* memory, std::size_t bytes, int threads) {
 
 #ifdef __AVX512VNNI__
 FLEXJUDGE_CHAINS(int8_chains, __m512i, "vpdpbusd")
+constexpr int kByteOperations = 128;
+#elif defined(__AVX2__)
+FLEXJUDGE_CHAINS(int8_chains, __m256i, "vpmaddubsw")
+constexpr int kByteOperations = 64;
 #endif
 #ifdef __AVX512BF16__
 FLEXJUDGE_CHAINS(bf16_chains, __m512, "vdpbf16ps")
@@ -100,8 +104,8 @@ constexpr int kFloats = 8;
 // The number for one request, or -1 with why there is none.
 double answer(const std::string& name, int threads, const std::uint8_t* memory, std::size_t bytes, std::string& why) {
   if (name == "read") return read_speed(memory, bytes, threads);
-#ifdef __AVX512VNNI__
-  if (name == "int8") return speed(int8_chains, 128, threads);
+#if defined(__AVX512VNNI__) || defined(__AVX2__)
+  if (name == "int8") return speed(int8_chains, kByteOperations, threads);
 #endif
 #ifdef __AVX512BF16__
   if (name == "bf16") return speed(bf16_chains, 64, threads);

@@ -122,8 +122,7 @@ def random_weight(name: str, rows: int, columns: int, generator: torch.Generator
     found = next(f for f in QUANT_FORMATS if f.name == name)
     units = columns // found.block_size
     blocks = torch.randint(0, 256, (rows, units, found.block_bytes), dtype=torch.uint8, generator=generator)
-    places = {"Q6_K": (208,), "Q4_0": (0,), "Q5_0": (0,), "Q8_0": (0,)}.get(name, (0, 2))
-    for at in places:
+    for at in found.half_offsets:
         scales = (torch.rand(rows, units, generator=generator) * 1e-3 + 1e-4).half()
         blocks[:, :, at : at + 2] = scales.unsqueeze(-1).view(torch.uint8)
     return blocks.flatten(1)

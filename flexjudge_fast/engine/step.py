@@ -73,7 +73,7 @@ class Stepper:
         )
 
     def _postprocess(self, batch: Batch, logits: torch.Tensor, finite: Sequence[bool]) -> None:
-        """logits: [num_rows, vocab_size], the chunks' `logit_positions` in order; `finite`: which rows are."""
+        """logits: [num_rows, vocab_size], of the chunks' `logit_positions`; `finite`: which rows are."""
         self.scheduler.commit(batch)
         drawing: list[tuple[Request, int]] = []  # a sample that draws, and its row
         done: list[Request] = []
