@@ -158,14 +158,18 @@ def _without_added_tokens(spec: dict[str, Any], added: frozenset[str]) -> dict[s
         return f"\ufdd0{piece}\ufdd1" if piece in added else piece
 
     if isinstance(model["vocab"], dict):
-        model["vocab"] = {hidden(piece): token_id for piece, token_id in model["vocab"].items()}
+        model["vocab"] = vocab = dict(model["vocab"])
+        for piece in added & vocab.keys():
+            vocab[hidden(piece)] = vocab.pop(piece)
     else:
         model["vocab"] = [[hidden(piece), score] for piece, score in model["vocab"]]
     if isinstance(model.get("unk_token"), str):
         model["unk_token"] = hidden(model["unk_token"])
     if "merges" in model:
         pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
-        model["merges"] = [[a, b] for a, b in pairs if added.isdisjoint((a, b, a + b))]
+        model["merges"] = [
+            [a, b] for a, b in pairs if a not in added and b not in added and a + b not in added
+        ]
     return {**spec, "model": model, "added_tokens": [], "post_processor": None}
 
 
