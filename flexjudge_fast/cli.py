@@ -178,6 +178,7 @@ def quantize_model(
     force: Annotated[bool, typer.Option(help="Replace a folder that is there.")] = False,
 ) -> None:
     """Quantise a model once, into a folder that loads fast. A .gguf is kept as quantised: --to keep."""
+    from flexjudge_fast.models.config import read_decoder_config
     from flexjudge_fast.weights.checkpoint import open_checkpoint
     from flexjudge_fast.weights.quantization import QUANTIZATIONS, find_quantization
     from flexjudge_fast.weights.quantized_folder import write_folder
@@ -186,7 +187,9 @@ def quantize_model(
         scheme = find_quantization(to)
         if scheme is None and to != "keep":
             raise InvalidArgumentError(f"--to {to!r}: must be one of {', '.join(QUANTIZATIONS)}, keep")
-        num_bytes = write_folder(open_checkpoint(model), out, scheme, force)
+        checkpoint = open_checkpoint(model)
+        read_decoder_config(checkpoint.config)  # refuses what could not be loaded again
+        num_bytes = write_folder(checkpoint, out, scheme, force)
     except (FlexJudgeError, OSError) as error:
         _fail(error)
     print(f"{out}: {num_bytes / 1e6:.0f} MB of weights ({to})")

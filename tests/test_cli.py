@@ -122,3 +122,32 @@ def test_ctrl_c_keeps_what_is_finished(model, tmp_path):
     lines = out.read_text().splitlines()
     assert json.loads(first) in [json.loads(line) for line in lines]
     assert len(lines) < len(rows)
+
+
+def test_quantize_writes_a_model_that_judges(model, tmp_path):
+    out = tmp_path / "out"
+    done = flexjudge("quantize", model, out)
+    assert (done.returncode, "(int4)" in done.stdout) == (0, True)
+    again = flexjudge("quantize", model, out)
+    assert again.returncode == 1 and "--force" in again.stderr
+    assert flexjudge("quantize", model, out, "--to", "int8", "--force").returncode == 0
+    assert flexjudge("compare", "Q", "A", "B", "--max-think-tokens", 4, "--model", out).returncode == 0
+    kept = flexjudge("quantize", out, tmp_path / "kept", "--to", "keep")
+    assert (kept.returncode, "(keep)" in kept.stdout) == (0, True)
+
+
+def test_quantize_says_what_is_wrong(model, tmp_path):
+    wrong = flexjudge("quantize", model, tmp_path / "out", "--to", "int3")
+    assert wrong.returncode == 1 and "int4-g128" in wrong.stderr
+    missing = flexjudge("quantize", tmp_path / "nowhere", tmp_path / "out")
+    assert missing.returncode == 1 and "nowhere" in missing.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_quantize_keeps_a_gguf(smollm2_path, tmp_path):
+    done = flexjudge("quantize", smollm2_path, tmp_path / "out", "--to", "keep")
+    assert done.returncode == 0, done.stderr
+    ask = ("score", "Is water wet?", "Yes.", "--max-think-tokens", 4, "--json")
+    answers = [json.loads(flexjudge(*ask, "--model", m).stdout) for m in (smollm2_path, tmp_path / "out")]
+    assert answers[0]["score_probs"] == answers[1]["score_probs"]
+    assert answers[0]["reasoning"] == answers[1]["reasoning"]

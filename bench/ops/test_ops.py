@@ -11,8 +11,10 @@ from flexjudge_fast.weights.formats import QUANT_FORMATS
 pytestmark = pytest.mark.skipif(not has_compiled_ops(), reason="the compiled library is not built")
 THREADS = 2
 
+FORMATS = ["Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K", "I8_32", "I4_128", "BF16", "F32"]
 
-@pytest.mark.parametrize("format_name", ["Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K", "BF16", "F32"])
+
+@pytest.mark.parametrize("format_name", FORMATS)
 @pytest.mark.parametrize("tokens", [1, 8, 512])
 def test_packed_linear(benchmark, format_name, tokens):
     """16-bit activations, where the weight is quantised."""

@@ -5,6 +5,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdlib>
 #include <cstring>
@@ -203,7 +204,9 @@ class PlanReader {
     m.sin = floats();
     m.max_positions = next();
     m.rope_sections.resize(static_cast<std::size_t>(next()));
-    for (int64_t& section : m.rope_sections) section = next();
+    int64_t pairs = 0;
+    for (int64_t& section : m.rope_sections) pairs += section = next();
+    check(2 * pairs == m.head_dim, "decoder: RoPE's sections do not make up a head");
     check(at_ == end_, "decoder: the plan is too long");
     return m;
   }
@@ -236,10 +239,25 @@ class PlanReader {
 int64_t open_decoder(const Tensor& plan) { return reinterpret_cast<int64_t>(new flexjudge::Decoder(PlanReader(plan).decoder())); }
 void close_decoder(int64_t handle) { delete reinterpret_cast<flexjudge::Decoder*>(handle); }
 
-void check_inputs(const flexjudge::Decoder& model, int64_t n, const int64_t* ids, const int64_t* positions) {
+// Everything that is an index in the kernels.
+void check_inputs(const flexjudge::Decoder& model, const flexjudge::Step& step) {
+  const int64_t n = step.num_tokens, *ids = step.token_ids, *positions = step.positions;
   for (int64_t i = 0; i < n; ++i) check(ids[i] >= 0 && ids[i] < model.embed.rows, "decoder: a token id is out of range");
   for (int64_t i = 0; i < n * static_cast<int64_t>(model.rope_sections.size()); ++i) {
     check(positions[i] >= 0 && positions[i] < model.max_positions, "decoder: a position is out of range");
+  }
+  const int64_t num_slots = step.cache.num_blocks * step.cache.block_size;
+  for (int64_t i = 0; i < n; ++i) check(step.slots[i] >= 0 && step.slots[i] < num_slots, "decoder: a slot is out of range");
+  for (int64_t i = 0; i < step.num_rows; ++i) check(step.logit_rows[i] >= 0 && step.logit_rows[i] < n, "decoder: a logit row is out of range");
+  const flexjudge::Sequences& seqs = step.sequences;
+  check(seqs.query_start[0] == 0 && seqs.query_start[seqs.count] == n, "decoder: the sequences do not hold all tokens");
+  for (int64_t i = 0; i < seqs.count; ++i) {
+    const int64_t count = seqs.query_start[i + 1] - seqs.query_start[i], context = seqs.context_lens[i];
+    check(count >= 0 && count <= context && context <= seqs.max_blocks * step.cache.block_size, "decoder: a sequence's length is out of range");
+    for (int64_t b = 0; b * step.cache.block_size < context; ++b) {
+      const int64_t block = seqs.block_tables[i * seqs.max_blocks + b];
+      check(block >= 0 && block < step.cache.num_blocks, "decoder: a block is out of range");
+    }
   }
 }
 
@@ -255,7 +273,6 @@ std::tuple<Tensor, Tensor> decoder(int64_t handle, const Tensor& token_ids, cons
   Tensor finite = new_tensor<1>(cache, {num_rows}, ScalarType::Bool);
   std::fill_n(data<bool>(finite), num_rows, true);
   if (n == 0) return {logits, finite};
-  check_inputs(model, n, int64s(token_ids), int64s(positions));
   const flexjudge::Step step{n,
                              int64s(token_ids),
                              int64s(positions),
@@ -266,6 +283,8 @@ std::tuple<Tensor, Tensor> decoder(int64_t handle, const Tensor& token_ids, cons
                              int64s(logit_rows),
                              data<float>(logits),
                              data<bool>(finite)};
+  check(cache.size(0) == static_cast<int64_t>(model.layers.size()), "decoder: the KV cache does not have the model's layers");
+  check_inputs(model, step);
   const Kernels& k = kernels();
   check(scratch.numel() >= k.decoder_scratch_bytes(model, n, longest(step.sequences), static_cast<int>(threads)) &&
             reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr()) % 64 == 0,

@@ -1,5 +1,6 @@
-// Stands alone: every format on exactly sized heap buffers, so that a sanitizer sees any step outside them.
+// Stands alone: blocks expanded and written, every format on exactly sized heap buffers, so that a sanitizer sees any step outside them.
 #include "flexjudge/dequantize.h"
+#include "flexjudge/quantize.h"
 
 #include <cmath>
 #include <cstdint>
@@ -92,6 +93,26 @@ void test_values() {
   check(expand(format("Q6_K"), q6, 1)[0] == -5, "Q6_K values");
 }
 
+// Exactly sized buffers again; a block's error is at most a step.
+void test_quantize() {
+  std::mt19937 random(2);
+  for (const char* name : {"I8_32", "Q4_1", "I4_64", "I4_128"}) {
+    const flexjudge::BlockFormat& f = format(name);
+    const flexjudge::QuantizeBlocks write = flexjudge::find_quantizer(name);
+    check(write != nullptr, name);
+    for (std::int64_t n : {0, 1, 7}) {
+      std::unique_ptr<float[]> values(new float[n * f.block_size]);
+      for (std::int64_t i = 0; i < n * f.block_size; ++i) values[i] = static_cast<float>(random() % 1000) / 1000.0f;
+      std::unique_ptr<std::uint8_t[]> blocks(new std::uint8_t[n * f.block_bytes]);
+      write(values.get(), n, blocks.get());
+      const auto back = expand(f, blocks.get(), n);
+      const float step = f.name == "I8_32" ? 1.0f / 255 : 1.0f / 15;
+      for (std::int64_t i = 0; i < n * f.block_size; ++i) check(std::abs(back[i] - values[i]) <= 2 * step, name);
+    }
+  }
+  check(flexjudge::find_quantizer("Q4_0") == nullptr, "nothing writes Q4_0");
+}
+
 }  // namespace
 
 int main() {
@@ -100,5 +121,6 @@ int main() {
   test_bounds();
   test_half_floats();
   test_values();
+  test_quantize();
   std::puts("ok");
 }

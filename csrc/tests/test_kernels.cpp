@@ -125,8 +125,11 @@ void test_linear(Format which, std::int64_t rows, std::int64_t units, std::int64
       expect(std::abs(exact - static_cast<double>(out[static_cast<std::size_t>(t * rows + r)])) <= limit, format.name.data());
     }
   }
-  const std::vector<float> last(x.end() - columns, x.end()), alone = product(FJ_TESTED, w, last, 1, 2, 1);
-  expect(std::memcmp(alone.data(), out.data() + (tokens - 1) * rows, static_cast<std::size_t>(rows) * 4) == 0, "the same bits alone");
+  const std::vector<float> last(x.end() - columns, x.end());
+  for (const int terms : {1, 2}) {
+    const std::vector<float> alone = product(FJ_TESTED, w, last, 1, terms, 1), among = product(FJ_TESTED, w, x, tokens, terms, threads);
+    expect(std::memcmp(alone.data(), among.data() + (tokens - 1) * rows, static_cast<std::size_t>(rows) * 4) == 0, "the same bits alone");
+  }
   std::vector<float> bad = x;
   bad[static_cast<std::size_t>(columns / 2)] = NAN;
   const std::vector<float> spoilt = product(FJ_TESTED, w, bad, tokens, 2, threads);

@@ -89,7 +89,11 @@ class DecoderPlan:
         numbers += [model.cos.data_ptr(), model.sin.data_ptr(), len(model.cos)]
         numbers += [len(model.rope_sections), *model.rope_sections]
         self.handle: int = torch.ops.flexjudge.open_decoder(torch.tensor(numbers, dtype=torch.int64))
-        weakref.finalize(self, torch.ops.flexjudge.close_decoder, self.handle)
+        freed = weakref.finalize(self, torch.ops.flexjudge.close_decoder, self.handle)
+        freed.atexit = False  # another thread may still be in a step then
+
+    def __reduce__(self) -> str:
+        raise TypeError("a decoder plan holds an address and cannot be copied")
 
     def scratch(self, num_tokens: int, max_context: int, threads: int) -> torch.Tensor:
         """uint8, 64-byte aligned, enough for such a step; kept from step to step, so that it stays mapped."""

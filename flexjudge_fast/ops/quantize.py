@@ -52,7 +52,7 @@ def _affine(x: torch.Tensor, bits: int) -> torch.Tensor:
         stored = [part.half() for part in fitted]
         found = _codes(x, stored[0].float(), stored[1].float(), largest)
         error = (x - (stored[0].float() * found + stored[1].float())).square().sum(1, keepdim=True)
-        better = error < least
+        better = (error < least) | (i == 0)  # so that what is not finite shows in the scales
         least = torch.where(better, error, least)
         scale, offset = torch.where(better, stored[0], scale), torch.where(better, stored[1], offset)
         codes = torch.where(better, found, codes)

@@ -10,13 +10,12 @@ from flexjudge_fast.ops.quantize import quantize
 from flexjudge_fast.weights.formats import QuantFormat, find_format
 from flexjudge_fast.weights.tensor import QuantTensor, Weight
 
-_LAYER = re.compile(r"(.+\.)?layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight")
+_LAYER = re.compile(r"(model\.|model\.language_model\.)?layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight")
 _TABLE = re.compile(r"((.+\.)?embed_tokens|lm_head)\.weight")
-OWN_CONFIG = {
-    "quant_method": "flexjudge",
-    "version": 1,
-}  # config.json's `quantization_config` of `flexjudge quantize`
+# What `flexjudge quantize` writes as config.json's `quantization_config`.
+OWN_CONFIG = {"quant_method": "flexjudge", "version": 1}
 _LAYER_FORMATS = {"int8": "I8_32", "int4": "Q4_1", "int4-g64": "I4_64", "int4-g128": "I4_128"}
+QUANTIZATIONS = tuple(_LAYER_FORMATS)
 
 
 @dataclass(frozen=True)
@@ -39,10 +38,14 @@ class Quantization:
             target = self.tables
         else:
             return weight
+        if len(weight.shape) != 2:
+            raise InvalidArgumentError(
+                f"quantization={self.name!r}: tensor {name} of shape {tuple(weight.shape)} is no matrix"
+            )
         if isinstance(weight, QuantTensor):
             raise InvalidArgumentError(
                 f"quantization={self.name!r}: tensor {name} is quantised already ({weight.format.name}); "
-                "a second time would cost accuracy"
+                "a second time would cost accuracy (`flexjudge quantize --to keep` keeps formats)"
             )
         rows, columns = weight.shape
         if columns % target.block_size:
@@ -57,6 +60,3 @@ def find_quantization(name: str) -> Quantization | None:
     """The quantisation of this name, if there is one."""
     layers, tables = find_format(_LAYER_FORMATS.get(name, "")), find_format("I8_32")
     return None if layers is None or tables is None else Quantization(name, layers, tables)
-
-
-QUANTIZATIONS = tuple(_LAYER_FORMATS)

@@ -2,19 +2,21 @@
 
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from flexjudge_fast.errors import CheckpointError, InvalidArgumentError
-from flexjudge_fast.weights.checkpoint import Checkpoint
+from flexjudge_fast.errors import CheckpointError, InvalidArgumentError, UnsupportedCheckpointError
+from flexjudge_fast.weights.checkpoint import Checkpoint, read_json
 from flexjudge_fast.weights.quantization import OWN_CONFIG, Quantization
 from flexjudge_fast.weights.tensor import QuantTensor, Weight
 
 _SHARD_BYTES = 2 << 30
-_COPIED = ("*.json", "*.jinja", "*.txt", "*.model")
+_COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")
 _OWN = ("config.json", "tokenizer_config.json", "generation_config.json", "tokenizer.json")
 
 
@@ -27,33 +29,56 @@ def write_folder(
 
     Args:
         quantization: of dense weights; `None` keeps every tensor as stored.
-        replace: a folder that is there gives way.
+        replace: a folder that is there gives way, if it is empty or was written so.
 
     Returns:
         Bytes of all weights.
 
     Raises:
         InvalidArgumentError: `out` exists, or a tensor cannot be quantised so.
+        UnsupportedCheckpointError: the checkpoint is quantised in another way.
         CheckpointError: a tensor is broken, or the disk cannot take the folder.
     """
+    out = out.resolve()
+    if checkpoint.config.get("quantization_config") not in (None, OWN_CONFIG):
+        raise UnsupportedCheckpointError(
+            f"{checkpoint.path}: it is quantised already, in a way that this version does not read"
+        )
     if out.exists() and not replace:
         raise InvalidArgumentError(f"{out}: it exists already; pass --force to replace it")
-    if out.exists() and (not out.is_dir() or checkpoint.path.resolve().is_relative_to(out.resolve())):
-        raise InvalidArgumentError(f"{out}: it is no folder, or holds the checkpoint that is read")
-    part = out.with_name(out.name + ".part")
+    if out.exists() and checkpoint.path.resolve().is_relative_to(out):
+        raise InvalidArgumentError(f"{out}: it holds the checkpoint that is read")
+    if out.exists() and not _is_ours(out):
+        raise InvalidArgumentError(f"{out}: only an empty folder or one written by this command is replaced")
+    work: Path | None = None
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=out.name + ".", dir=out.parent))
+        part = work / "new"
+        part.mkdir()
         num_bytes = _write_weights(checkpoint, part, quantization)
         _write_rest(checkpoint, part)
         if out.exists():
-            shutil.rmtree(out)
+            out.rename(work / "old")
         part.rename(out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{out}: {error}") from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        if work is not None:
+            shutil.rmtree(work, ignore_errors=True)
     return num_bytes
+
+
+def _is_ours(folder: Path) -> bool:
+    """Empty, or written by `write_folder`."""
+    if not folder.is_dir():
+        return False
+    if not any(folder.iterdir()):
+        return True
+    try:
+        return read_json(folder / "config.json").get("quantization_config") == OWN_CONFIG
+    except CheckpointError:
+        return False
 
 
 def _write_weights(checkpoint: Checkpoint, folder: Path, quantization: Quantization | None) -> int:

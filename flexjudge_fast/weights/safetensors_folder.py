@@ -15,6 +15,7 @@ from flexjudge_fast.weights.formats import find_format
 from flexjudge_fast.weights.tensor import DenseTensor, QuantTensor, Weight
 
 _INDEX = "model.safetensors.index.json"
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # not float8, which needs scales
 
 
 class SafetensorsCheckpoint(Checkpoint):
@@ -48,7 +49,7 @@ class SafetensorsCheckpoint(Checkpoint):
             raise CheckpointError(f"{path}: tensor {name}: {error}") from error
         if data.dtype == torch.uint8:
             return self._blocks(path, name, data)
-        if not data.is_floating_point():
+        if data.dtype not in _FLOATS:
             raise UnsupportedCheckpointError(
                 f"{path}: tensor {name} is {data.dtype}, a float type is expected"
             )

@@ -40,7 +40,7 @@ def run_standalone(test: str, sources: list[str], flags: list[str], folder: Path
 @pytest.mark.parametrize("flags", [SANITIZED, ["-O3"]], ids=["sanitized", "shipped"])
 def test_dequantize(flags, tmp_path):
     """`-O3` runs the build for this machine's instruction set, the sanitized one the plain build."""
-    run_standalone("test_dequantize", ["dequantize.cpp"], flags, tmp_path)
+    run_standalone("test_dequantize", ["dequantize.cpp", "quantize.cpp"], flags, tmp_path)
 
 
 @pytest.mark.slow

@@ -68,6 +68,43 @@ def test_rows_that_are_not_finite_are_told(model, isa):
     assert finite.tolist() == logits.isfinite().all(-1).tolist()
 
 
+@pytest.mark.parametrize("row", [0, 17, 319])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_bad_row_of_the_head_is_told(model, row, threads, isa):
+    """Every thread looks at its own logits, to the last one."""
+    head = model.plan.model.head.parts[0]
+    assert head.format_name == "F32"
+    weights = head.data.view(torch.float32).view(-1, head.columns, 16)
+    weights[row // 16, 3, row % 16] = float("nan")
+    model.num_threads = threads
+    logits, finite = run(model, [7, 8], lens=[1, 1])
+    assert finite.tolist() == [False, False]
+    assert logits.isnan().sum() == 2
+
+
+def test_indices_are_checked(model, isa):
+    numbers = torch.arange(2)
+    shape = (model.config.num_layers, 2, BLOCKS, BLOCK_SIZE, model.config.num_kv_heads, model.config.head_dim)
+    good = {
+        "slot_mapping": numbers,
+        "block_tables": torch.tensor([[0]]),
+        "query_start": torch.tensor([0, 2]),
+        "context_lens": torch.tensor([2]),
+    }
+    bad = {
+        "slot_mapping": torch.tensor([0, BLOCKS * BLOCK_SIZE]),
+        "block_tables": torch.tensor([[BLOCKS]]),
+        "query_start": torch.tensor([0, 1]),
+        "context_lens": torch.tensor([BLOCK_SIZE + 1]),
+    }
+    for name, value in bad.items():
+        inputs = AttentionInput(positions=numbers, max_context=2, **{**good, name: value})
+        with pytest.raises(RuntimeError, match=r"out of range|do not hold"):
+            model.step(numbers, inputs, torch.zeros(shape), numbers)
+    with pytest.raises(RuntimeError, match="logit row"):
+        model.step(numbers, AttentionInput(numbers, max_context=2, **good), torch.zeros(shape), numbers + 1)
+
+
 def test_nothing_to_do(model):
     none = torch.zeros(0, dtype=torch.int64)
     shape = (model.config.num_layers, 2, 1, 16, model.config.num_kv_heads, model.config.head_dim)

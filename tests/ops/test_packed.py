@@ -135,6 +135,25 @@ def test_bad_values_are_not_hidden(name, bad, isa):
         assert out[[0, 2]].isfinite().all()
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("name", FORMATS)
+def test_sums_at_their_largest(name, sign, isa):
+    """Codes and activations all at the end of their range: no sum in between may overflow."""
+    found = next(f for f in QUANT_FORMATS if f.name == name)
+    blocks = torch.full((20, 2, found.block_bytes), 255, dtype=torch.uint8)
+    for fill in (255, 127):  # 8-bit codes of ggml are signed, the six-bit scales of a byte too
+        blocks[:] = fill
+        for at in found.half_offsets:
+            blocks[:, :, at : at + 2] = torch.tensor([0.01], dtype=torch.float16).view(torch.uint8)
+        source = blocks.flatten(1)
+        matrix = pack(source, name, 2 * found.block_size)
+        weight = dequantize(source, name)
+        x = torch.full((7, 2 * found.block_size), 3.0 * sign)
+        for terms in (1, 2):
+            reference = packed_linear_reference(x, source, name, terms)
+            assert relative_error(packed_linear(x, matrix, terms, 1), reference, x, weight) < 1e-5
+
+
 @pytest.mark.parametrize("size", [1e-38, 1e-30, 1e-20, 1e20, 1e30])
 def test_extreme_sizes(size, isa):
     generator = torch.Generator().manual_seed(6)

@@ -51,17 +51,19 @@ def test_error_is_below_plain_rounding(name):
         assert bool((error <= step).all())
 
 
+@pytest.mark.parametrize("quantize", [quantize, quantize_reference])
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize("value", [0.0, 1.0, -0.5, 1e-7])
-def test_constant_blocks(name, value):
+def test_constant_blocks(name, value, quantize):
     """A block of one value keeps it, as a half float has it."""
     weight = torch.full((3, 2 * SIZES[name]), value)
     assert torch.equal(dequantize(quantize(weight, name), name), weight.half().float())
 
 
+@pytest.mark.parametrize("quantize", [quantize, quantize_reference])
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e8])
-def test_what_a_half_float_cannot_hold_shows(name, bad):
+def test_what_a_half_float_cannot_hold_shows(name, bad, quantize):
     """Such a block is not finite, so that loading refuses it; its neighbours are as they would be alone."""
     weight = random_weight(2, 3 * SIZES[name], seed=3)
     want = quantize(weight, name)

@@ -1,10 +1,11 @@
 """`flexjudge quantize`: the folder it writes, what loads from it, and what it refuses."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from flexjudge_fast import Engine, SamplingParams
@@ -74,18 +75,64 @@ def test_keep_writes_a_folder_in_the_same_formats(dense, tmp_path):
 
 
 def test_existing_folders_and_own_sources_are_safe(dense, tmp_path):
-    out = tmp_path / "out"
+    out, other = tmp_path / "out", tmp_path / "other"
+    other.mkdir()
+    (other / "precious").touch()
     out.mkdir()
-    (out / "precious").touch()
     checkpoint = open_checkpoint(dense)
     with pytest.raises(InvalidArgumentError, match="exists already"):
         write_folder(checkpoint, out, None)
-    assert (out / "precious").exists()
+    with pytest.raises(InvalidArgumentError, match="only an empty folder"):
+        write_folder(checkpoint, other, None, replace=True)
+    assert (other / "precious").exists()
     for target in (dense, dense.parent):
         with pytest.raises(InvalidArgumentError, match="holds the checkpoint"):
             write_folder(checkpoint, target, None, replace=True)
     write_folder(checkpoint, out, None, replace=True)
-    assert not (out / "precious").exists()
+    (out / "stale.txt").touch()
+    write_folder(checkpoint, out, find_quantization("int8"), replace=True)
+    assert not (out / "stale.txt").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "out"]
+
+
+def test_a_source_called_as_the_folder_in_work(dense, tmp_path):
+    source = tmp_path / "out.part"
+    shutil.copytree(dense, source)
+    write_folder(open_checkpoint(source), tmp_path / "out", None)
+    assert (source / "config.json").exists()
+
+
+@pytest.mark.parametrize("error", [OSError("no space left"), SafetensorError("I/O error")])
+def test_a_full_disk(dense, tmp_path, monkeypatch, error):
+    out = tmp_path / "out"
+    write_folder(open_checkpoint(dense), out, None)
+
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr("flexjudge_fast.weights.quantized_folder.save_file", full)
+    with pytest.raises(CheckpointError, match=r"no space left|I/O error"):
+        write_folder(open_checkpoint(dense), out, None, replace=True)
+    assert open_checkpoint(out).tensor_names()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_another_way_of_quantising_is_refused(dense, tmp_path):
+    """Weights that need scales of their own must not be taken for plain ones."""
+    source = tmp_path / "fp8"
+    shutil.copytree(dense, source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "fp8"}})
+    )
+    with pytest.raises(UnsupportedCheckpointError, match="quantised already"):
+        write_folder(open_checkpoint(source), tmp_path / "out", find_quantization("int8"))
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UnsupportedCheckpointError, match="float8"):
+        open_checkpoint(source).tensor(name)
 
 
 def test_a_failed_run_leaves_nothing(dense, tmp_path):

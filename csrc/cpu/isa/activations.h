@@ -63,7 +63,7 @@ constexpr std::int64_t group_bytes(std::int64_t tile, int terms) {
 
 // The forms of one step's activations; a form that no weight asks for is null. Plain columns are padded with a zero to
 // an even count.
-//   codes:  [tile][group]{GroupMeta [tile tokens], int8 [tile tokens][terms][32]}
+//   codes:  [tile][group]{GroupMeta [tile tokens], int8 [tile tokens][terms][32]}; two terms as dots_*.h lay them
 //   values: [tile][column][tile tokens] float
 //   pairs:  [tile][column / 2][tile tokens] two bfloat16, where the build multiplies those
 struct Activations {
