@@ -15,6 +15,7 @@ from bench.ceilings import KINDS, MEMORY_BYTES, Ceilings
 from bench.engines import MissingError
 from bench.engines.llama_cpp import Q4_0, requantised
 from bench.judge_work import Work, measure_judge
+from bench.loading import measure_loading
 from bench.ops.rooflines import OpRow, measure_ops
 from bench.parts import QWEN_15B, Plan, find_model, qwen, seven, smollm2
 from bench.plot import write_plot
@@ -75,8 +76,13 @@ def judge_large(plan: Plan) -> list[Row]:
     return measure_judge("judge qwen", model, peers, plan.threads, 1, Work(think_tokens=16, peer_pairs=2))
 
 
+def loading(plan: Plan) -> list[Row]:
+    return measure_loading(Path(default_model()), plan.threads, plan.rounds)
+
+
 PARTS: dict[str, Callable[[Plan], list[Row]]] = {
     "ceilings": ceilings,
+    "loading": loading,
     "smollm2": smollm2,
     "judge-smollm2": judge_small,
     "qwen": qwen,

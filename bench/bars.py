@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bench.loading import FOLDER, TASK
 from bench.rounds import Row
 
 SETTINGS = ("int16", "int8")  # ours: 16-bit activations (the default) and 8-bit
@@ -75,6 +76,9 @@ def _bars(rows: Sequence[Row], setting: str) -> list[Bar]:
     bar("SmolLM2 prefill: transformers bf16", 1.5, prompt, small.of("transformers", "prefill 512"))
     bar("SmolLM2 prefill: llama.cpp, Q4_0", 2.0, prompt, small.of("llama.cpp, Q4_0", "prefill 512"))
     bar("SmolLM2 prefill: the fastest peer", 1.0, prompt, small.fastest_peer("prefill 512"))
+
+    seconds = Medians(rows, "loading").of(FOLDER, TASK)
+    bar("SmolLM2 from a quantised folder: 1 s over load to the first token", 1.0, 1.0, seconds)
 
     large, same = Medians(rows, "qwen"), "llama.cpp, the same file"
     bar("1.5B decode: share of the read roofline", 0.88, large.of(ours, one), large.of("roofline", one))
