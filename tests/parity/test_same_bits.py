@@ -7,6 +7,7 @@ from flexjudge_fast import Engine
 from flexjudge_fast.engine.engine import EngineInput
 from flexjudge_fast.engine.sampling_params import SamplingParams
 from flexjudge_fast.ops.backend import has_compiled_ops
+from flexjudge_fast.weights.quantization import QUANTIZATIONS
 from tests.models import write_checkpoint
 
 PROMPT = [(7 * i * i + 3 * i) % 250 for i in range(300)]  # crosses the attention's chunks of 256 positions
@@ -35,6 +36,16 @@ def test_chunks_and_threads_quantised(smollm2_path, activations):
     for chunk, threads in ((1, 1), (5, 2), (64, 3)):
         got = logits(smollm2_path, activations=activations, max_batched_tokens=chunk, num_threads=threads)
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("activations", ["int16", "int8"])
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_chunks_and_threads_of_our_own_formats(tmp_path, quantization, activations):
+    write_checkpoint(tmp_path, heads=(8, 2), intermediate=256)  # whole groups of every size
+    how = {"quantization": quantization, "activations": activations}
+    want = logits(tmp_path, **how)
+    for chunk, threads in ((1, 1), (9, 2), (64, 3)):
+        assert torch.equal(logits(tmp_path, **how, max_batched_tokens=chunk, num_threads=threads), want)
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
