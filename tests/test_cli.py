@@ -129,7 +129,7 @@ def test_quantize_writes_a_model_that_judges(model, tmp_path):
     done = flexjudge("quantize", model, out)
     assert (done.returncode, "(int4)" in done.stdout) == (0, True)
     again = flexjudge("quantize", model, out)
-    assert again.returncode == 1 and "--force" in again.stderr
+    assert again.returncode == 2 and "--force" in again.stderr
     assert flexjudge("quantize", model, out, "--to", "int8", "--force").returncode == 0
     assert flexjudge("compare", "Q", "A", "B", "--max-think-tokens", 4, "--model", out).returncode == 0
     kept = flexjudge("quantize", out, tmp_path / "kept", "--to", "keep")
@@ -138,9 +138,9 @@ def test_quantize_writes_a_model_that_judges(model, tmp_path):
 
 def test_quantize_says_what_is_wrong(model, tmp_path):
     wrong = flexjudge("quantize", model, tmp_path / "out", "--to", "int3")
-    assert wrong.returncode == 1 and "int4-g128" in wrong.stderr
+    assert wrong.returncode == 2 and "int4-g128" in wrong.stderr
     missing = flexjudge("quantize", tmp_path / "nowhere", tmp_path / "out")
-    assert missing.returncode == 1 and "nowhere" in missing.stderr
+    assert missing.returncode == 2 and "nowhere" in missing.stderr
     assert not (tmp_path / "out").exists()
 
 

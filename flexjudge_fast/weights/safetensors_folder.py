@@ -15,7 +15,6 @@ from flexjudge_fast.weights.formats import find_format
 from flexjudge_fast.weights.tensor import DenseTensor, QuantTensor, Weight
 
 _INDEX = "model.safetensors.index.json"
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # not float8, which needs scales
 
 
 class SafetensorsCheckpoint(Checkpoint):
@@ -49,7 +48,7 @@ class SafetensorsCheckpoint(Checkpoint):
             raise CheckpointError(f"{path}: tensor {name}: {error}") from error
         if data.dtype == torch.uint8:
             return self._blocks(path, name, data)
-        if data.dtype not in _FLOATS:
+        if not data.is_floating_point():
             raise UnsupportedCheckpointError(
                 f"{path}: tensor {name} is {data.dtype}, a float type is expected"
             )
