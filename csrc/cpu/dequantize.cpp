@@ -18,18 +18,8 @@ FLEXJUDGE_CLONES void q4_0(const std::uint8_t* b, std::int64_t n, float* out) {
   }
 }
 
-FLEXJUDGE_CLONES void q4_1(const std::uint8_t* b, std::int64_t n, float* out) {
-  for (; n-- > 0; b += 20, out += 32) {
-    const float d = half_at(b), m = half_at(b + 2);
-    for (int i = 0; i < 16; ++i) {
-      out[i] = d * static_cast<float>(b[4 + i] & 15) + m;
-      out[16 + i] = d * static_cast<float>(b[4 + i] >> 4) + m;
-    }
-  }
-}
-
-// As Q4_1, with one scale and minimum for `tiles` runs of 32 weights.
-FLEXJUDGE_CLONES void i4(const std::uint8_t* b, std::int64_t n, int tiles, float* out) {
+// Q4_1, and our blocks whose scale and minimum serve several runs of 32 weights.
+FLEXJUDGE_CLONES void affine_4(const std::uint8_t* b, std::int64_t n, int tiles, float* out) {
   for (; n-- > 0; b += 4 + 16 * tiles) {
     const float d = half_at(b), m = half_at(b + 2);
     for (int tile = 0; tile < tiles; ++tile, out += 32) {
@@ -49,8 +39,9 @@ FLEXJUDGE_CLONES void i8_32(const std::uint8_t* b, std::int64_t n, float* out) {
   }
 }
 
-void i4_64(const std::uint8_t* b, std::int64_t n, float* out) { i4(b, n, 2, out); }
-void i4_128(const std::uint8_t* b, std::int64_t n, float* out) { i4(b, n, 4, out); }
+void q4_1(const std::uint8_t* b, std::int64_t n, float* out) { affine_4(b, n, 1, out); }
+void i4_64(const std::uint8_t* b, std::int64_t n, float* out) { affine_4(b, n, 2, out); }
+void i4_128(const std::uint8_t* b, std::int64_t n, float* out) { affine_4(b, n, 4, out); }
 
 FLEXJUDGE_CLONES void q5_0(const std::uint8_t* b, std::int64_t n, float* out) {
   for (; n-- > 0; b += 22, out += 32) {

@@ -32,8 +32,8 @@ def dequantize_reference(blocks: torch.Tensor, format_name: str) -> torch.Tensor
         "Q4_K": (144, _q4_k),
         "Q5_K": (176, _q5_k),
         "Q6_K": (210, _q6_k),
-        "I4_64": (36, _i4),
-        "I4_128": (68, _i4),
+        "I4_64": (36, _q4_1),
+        "I4_128": (68, _q4_1),
         "I8_32": (36, _i8),
     }[format_name]
     rows, row_bytes = blocks.shape
@@ -64,11 +64,8 @@ def _q4_0(b: torch.Tensor) -> torch.Tensor:
 
 
 def _q4_1(b: torch.Tensor) -> torch.Tensor:
-    return _half(b[:, :2]) * _nibbles(b[:, 4:]).float() + _half(b[:, 2:4])
-
-
-def _i4(b: torch.Tensor) -> torch.Tensor:
-    runs = _nibbles(b[:, 4:].unflatten(1, (-1, 16)))  # [n, tiles, 32]: each 32 weights laid out as in Q4_1
+    """Also of longer blocks, whose scale and offset serve several runs of 32 weights."""
+    runs = _nibbles(b[:, 4:].unflatten(1, (-1, 16)))  # [n, runs, 32]
     return _half(b[:, :2]) * runs.flatten(1).float() + _half(b[:, 2:4])
 
 
