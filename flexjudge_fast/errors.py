@@ -35,3 +35,7 @@ class NumericalError(FlexJudgeError):
 
 class EngineStateError(FlexJudgeError):
     """The engine is used in a way it cannot serve: closed, or carried over a process fork."""
+
+
+class MediaError(FlexJudgeError):
+    """A medium cannot be read: broken, over a limit, or of a kind that is not read; the message names it."""

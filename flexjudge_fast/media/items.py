@@ -1,4 +1,4 @@
-"""A medium as the caller gave it, before anything is decoded."""
+"""A medium as the caller gave it, before anything is decoded, and how the caller wants it read."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -9,7 +9,28 @@ MEDIA_KINDS: tuple[str, ...] = get_args(MediaKind)
 
 @dataclass(frozen=True)
 class MediaItem:
-    """`source` is a path, bytes, array or object, as the modality allows; it is read by its decoder only."""
+    """`source` is a path, bytes, array or object, as the modality allows; it is read by its decoder only.
+
+    `name` says where the caller gave it, such as "images[0]" or "responses[1].video": errors begin with it.
+    """
 
     kind: MediaKind
     source: object
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class MediaOptions:
+    """How one judgement's media are read; `None` leaves it to the checkpoint.
+
+    Args:
+        max_pixels: most pixels of an image or of a video's frame, after resizing.
+        resize: (width, height) in pixels before they are rounded to whole patches.
+        fps: frames per second taken from a video.
+        allow_remote: fetch http(s) URLs.
+    """
+
+    max_pixels: int | None = None
+    resize: tuple[int, int] | None = None
+    fps: float | None = None
+    allow_remote: bool = False

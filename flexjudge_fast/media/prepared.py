@@ -1,0 +1,29 @@
+"""A medium ready for its encoder: resized pixels, and the key under which its embeddings are kept."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexjudge_fast.media.items import MediaKind
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedMedia:
+    """An image or video after decoding, sampling and resizing.
+
+    Args:
+        kind: "image" or "video".
+        key: 32 bytes; equal keys mean equal decoded pixels, times and settings (`media/keys.py`).
+        frames: uint8 [num_frames, height, width, 3], RGB, height and width whole numbers of merged patches.
+        grid: patches over time, height and width.
+        num_tokens: embeddings that the encoder makes of it.
+        seconds_per_grid: seconds from one temporal patch to the next; 0 for an image.
+    """
+
+    kind: MediaKind
+    key: bytes
+    frames: NDArray[np.uint8]
+    grid: tuple[int, int, int]
+    num_tokens: int
+    seconds_per_grid: float = 0.0
