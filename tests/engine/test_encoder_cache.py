@@ -259,6 +259,13 @@ def test_the_folder_stays_within_its_bound(tmp_path_factory, sizes, bound):
         assert (kept is not None and torch.equal(kept, item)) == (file_bytes(item) <= bound)
 
 
+def test_what_exceeds_the_bound_evicts_nobody(tmp_path):
+    store = EncoderStore(tmp_path, file_bytes(numbers(0)), SALT)
+    store.put(b"a", numbers(0))
+    store.put(b"large", numbers(1, 4))
+    assert store.get(b"large") is None and torch.equal(store.get(b"a"), numbers(0))
+
+
 def test_a_smaller_bound_holds_from_the_start(store):
     for seed in range(10):
         store.put(bytes([seed]), numbers(seed))
