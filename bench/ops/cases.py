@@ -4,11 +4,14 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
+from PIL import Image
 
 from bench.engines import MissingError
 from flexjudge_fast.ops.backend import has_compiled_ops
+from flexjudge_fast.ops.image import patchify, resize_bicubic
 from flexjudge_fast.ops.packed import PackedMatrix, WeightMemory, pack, packed_linear
 from flexjudge_fast.ops.sample import Draw, sample_tokens
 from flexjudge_fast.weights.formats import QUANT_FORMATS
@@ -20,6 +23,7 @@ ROWS = COLUMNS = 4096
 WORKING_SET = 256 << 20  # bytes that calls go through in turn, so that no cache holds them
 HEADS = {"SmolLM2's heads": (9, 3, 64), "7B's heads": (28, 4, 128)}
 VOCAB = 151_936
+IMAGES = ((768, 1024), (448, 448))  # height and width
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ def all_cases(threads: int) -> Iterator[OpCase]:
     for rows in (1, 8, 64):
         for greedy in (True, False):
             yield sampler_case(rows, greedy, threads)
+    for size in IMAGES:
+        yield image_case(size, threads)
 
 
 def _cycle(calls: Sequence[Call]) -> Call:
@@ -197,3 +203,35 @@ def _torch_top_p(logits: torch.Tensor) -> torch.Tensor:
     probs, ids = torch.softmax(logits / 0.4, -1).sort(-1, descending=True)
     probs[probs.cumsum(-1) - probs >= 0.8] = 0
     return ids.gather(-1, torch.multinomial(probs, 1))
+
+
+def image_case(size: tuple[int, int], threads: int) -> OpCase:
+    """An image resized to 448 x 448, normalised and cut into patches; Pillow and NumPy do the same job."""
+    side, patch, merge, temporal = 448, 14, 2, 2
+    generator = torch.Generator().manual_seed(0)
+    frames = torch.randint(0, 256, (1, *size, 3), dtype=torch.uint8, generator=generator)
+    table = torch.linspace(-2, 2, 256).expand(3, 256).contiguous()
+    image = Image.fromarray(frames[0].numpy())
+
+    def ours() -> torch.Tensor:
+        return patchify(resize_bicubic(frames, side, side, threads), table, patch, merge, temporal, threads)
+
+    def pillow() -> torch.Tensor:
+        resized = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
+        values = (np.float32(resized * (1 / 255)) - 0.5) / np.float32(0.25)
+        unit = side // patch // merge
+        split = values.transpose(2, 0, 1).reshape(3, unit, merge, patch, unit, merge, patch)
+        patches = split.transpose(1, 4, 2, 5, 0, 3, 6)[:, :, :, :, :, None]
+        whole = np.broadcast_to(patches, (*patches.shape[:5], temporal, patch, patch))
+        return torch.from_numpy(whole.reshape(-1, 3 * temporal * patch * patch))
+
+    taps = 4 * (size[0] * side + size[1] * side)  # of both passes: four weights reach each input pixel
+    moved = frames.nbytes + 4 * 3 * temporal * side * side
+    return OpCase(
+        f"image, {size[1]} x {size[0]} to patches of {side} x {side}",
+        ours,
+        moved,
+        2 * 3 * taps,
+        "fp32",
+        {"fp32": pillow},
+    )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.ops.cases import HEADS, attention_case, linear_cases, sampler_case
+from bench.ops.cases import HEADS, IMAGES, attention_case, image_case, linear_cases, sampler_case
 from flexjudge_fast.ops.backend import has_compiled_ops
 from flexjudge_fast.ops.dequantize import dequantize
 from flexjudge_fast.weights.formats import QUANT_FORMATS
@@ -33,6 +33,11 @@ def test_packed_attention(benchmark, heads, batch, new, context):
 @pytest.mark.parametrize("greedy", [True, False])
 def test_sample_tokens(benchmark, rows, greedy):
     benchmark(sampler_case(rows, greedy, THREADS).call)
+
+
+@pytest.mark.parametrize("size", IMAGES)
+def test_image(benchmark, size):
+    benchmark(image_case(size, THREADS).call)
 
 
 @pytest.mark.parametrize("found", QUANT_FORMATS, ids=lambda found: found.name)
