@@ -31,7 +31,7 @@ def decode_video(
     uint8 [num_frames, height, width, 3], taken at `options.fps` or the model's rate.
 
     Raises:
-        MediaError: it cannot be read, is broken, empty or over a limit; the message begins with the item's name.
+        MediaError: it is broken, empty or over a limit; the message begins with the item's name.
         InvalidArgumentError: the options ask for no pixels or no frames.
     """
     budget = budget.with_options(options)
@@ -51,13 +51,17 @@ def decode_video(
 
 
 def take_frames(
-    item: MediaItem, source: Sequence[Any], budget: FrameBudget, limits: VideoLimits, load_frame: FrameLoader
+    item: MediaItem,
+    source: Sequence[Any] | NDArray[Any],
+    budget: FrameBudget,
+    limits: VideoLimits,
+    load_frame: FrameLoader,
 ) -> DecodedVideo:
     """Resizes frames that were given one by one. MediaError: none, too many, too large, of several sizes."""
     count = len(source)
     if not 0 < count <= budget.max_frames:
         raise MediaError(f"{count} frames; give 1 to {budget.max_frames}")
-    frames = np.empty((0,), np.uint8)
+    frames: NDArray[np.uint8] = np.empty((count, 0, 0, 3), np.uint8)
     size, digest = (0, 0), frames_digest(0, 0)
     for i, given in enumerate(source):
         frame = _frame(MediaItem("image", given, f"{item.name}[{i}]"), load_frame)
@@ -70,8 +74,9 @@ def take_frames(
             raise MediaError(
                 f"frame {i} is {width}x{height}, those before {size[0]}x{size[1]}; give one size"
             )
-        digest.update(frame)
-        resized = Image.fromarray(frame).resize(frames.shape[2:0:-1], Image.Resampling.BICUBIC)
+        digest.update(frame.data)
+        target = (frames.shape[2], frames.shape[1])
+        resized = Image.fromarray(frame).resize(target, Image.Resampling.BICUBIC)
         frames[i] = np.asarray(resized)
     return DecodedVideo(
         frames,

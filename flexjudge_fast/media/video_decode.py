@@ -6,9 +6,10 @@ decoded frames are the truth, and a third pass samples among those.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from io import BytesIO
 from typing import Any, BinaryIO
 
 import av
@@ -27,7 +28,7 @@ from flexjudge_fast.media.video_sampling import (
 
 # No demuxer of this list opens a second file; playlists (hls, dash, concat, image sequences) are not on it.
 CONTAINERS = ("mov", "matroska", "webm", "avi", "mpegts", "mpeg", "ogg", "flv", "gif")
-CODECS = [
+CODECS: tuple[str, ...] = (
     "h264",
     "hevc",
     "vp8",
@@ -37,15 +38,11 @@ CODECS = [
     "mpeg1video",
     "mpeg2video",
     "mpeg4",
-    "msmpeg4v2",
-    "msmpeg4",
     "h263",
     "flv",
-    "theora",
-    "mjpeg",
-    "prores",
-    "gif",
-]
+)
+CODECS += ("msmpeg4v2", "msmpeg4", "theora", "mjpeg", "prores", "gif")
+_TINY = bytes.fromhex("47494638396101000100800000000000ffffff2c00000000010001000002024401003b")  # a GIF
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ class Survey:
 
     Args:
         total: frames, as far as packets tell.
-        duration: seconds from the first frame's start to the last one's end; 0 where there are no time stamps.
+        duration: seconds from the first frame's start to the last one's end; 0 without time stamps.
         stated: frames per second by the header, if any.
     """
 
@@ -94,7 +91,18 @@ class Summary:
     sample_fps: float
 
 
-def decode(file: BinaryIO, budget: FrameBudget, limits: VideoLimits) -> Iterator[Start | bytes | Summary]:
+Part = Start | bytes | Summary
+
+
+def warm_up() -> None:
+    """Imports what PyAV and Pillow import late, so that no file need be opened afterwards."""
+    from av.subtitles import codeccontext  # noqa: F401
+
+    for _ in decode(BytesIO(_TINY), FrameBudget(), VideoLimits()):
+        pass
+
+
+def decode(file: BinaryIO, budget: FrameBudget, limits: VideoLimits) -> Iterator[Part]:
     """A `Start`, uint8 [height, width, 3] RGB for each sampled frame, and a `Summary`.
 
     Raises:
@@ -140,7 +148,7 @@ def open_video(file: BinaryIO, limits: VideoLimits) -> tuple[Any, Any]:
     }
     file.seek(0)
     try:
-        container = av.open(file, options=options, metadata_errors="replace", io_open=_refuse_to_open)
+        container: Any = av.open(file, options=options, metadata_errors="replace", io_open=_refuse_to_open)
     except (av.InvalidDataError, ValueError) as error:
         raise MediaError(f"it is broken, or not of a kind that is read ({', '.join(CONTAINERS)})") from error
     streams = [s for s in container.streams.video if not _is_cover(s)]
@@ -191,7 +199,7 @@ def survey_packets(file: BinaryIO, limits: VideoLimits, deadline: Deadline) -> S
 
 
 def _duration(total: int, first: int | None, last: int | None, end: int, time_base: Fraction | None) -> float:
-    """Seconds; a last frame that does not say how long it is shown lasts as long as the mean of the others."""
+    """Seconds; a last frame that does not say how long it is shown lasts as long as the others do."""
     if first is None or last is None or time_base is None:
         return 0.0
     span = last - first
@@ -215,7 +223,7 @@ class Sampler:
         self.times: list[float] = []
         self.reformatter = VideoReformatter()
 
-    def run(self, file: BinaryIO) -> Iterator[Start | bytes | Summary]:
+    def run(self, file: BinaryIO) -> Generator[Part, None, int]:
         """Yields what `decode` does; returns how many frames there really are."""
         container, stream = open_video(file, self.limits)
         with container:
@@ -265,18 +273,18 @@ class Sampler:
     def _image(self, frame: Any) -> Image.Image:
         """The frame in RGB, turned as the file says it is to be shown."""
         single = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}  # earlier ones have none
-        plane = self.reformatter.reformat(frame, format="rgb24", **single).planes[0]
+        plane: Any = self.reformatter.reformat(frame, format="rgb24", **single).planes[0]
         size = (frame.width, frame.height)
         image = Image.frombuffer("RGB", size, plane, "raw", "RGB", plane.line_size, 1)
         turns = frame_turns(frame)
-        return image.transpose(_TURNS[turns]) if turns else image
+        return image.transpose(_TURNS[turns - 1]) if turns else image
 
     def _summary(self, digest: bytes, size: tuple[int, int], mode: str) -> Summary:
         rate = sampled_fps(self.total, len(self.indices), self.fps)
         return Summary(digest, size, mode, tuple(self.indices), tuple(self.times), self.fps, rate)
 
 
-_TURNS = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
+_TURNS = (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
 
 
 def frame_turns(frame: Any) -> int:

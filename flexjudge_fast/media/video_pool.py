@@ -92,8 +92,12 @@ class VideoDecoder:
         """Ends all processes; a video that another thread is waiting for fails with MediaError."""
         with self._lock:
             self._closed = True
-            self._idle.clear()
-            _end_all(self._all, self._pid)
+            for worker in self._all:
+                worker.kill()  # the thread that uses it, if any, closes the socket
+            while self._idle:
+                worker = self._idle.pop()
+                worker.end()
+                self._all.discard(worker)
 
     def decode(self, source: VideoSource, budget: FrameBudget) -> DecodedVideo:
         """Decodes, samples and resizes a video file, given by path or as its bytes.
@@ -104,6 +108,8 @@ class VideoDecoder:
         """
         if os.getpid() != self._pid:
             self._reset()  # the processes belong to the parent
+        if self._closed:
+            raise EngineStateError("the video decoder is closed")
         fd = _open_source(source, self.limits)
         try:
             with self._slots:
@@ -159,7 +165,7 @@ class DecodingProcess:
             # A session of its own: Ctrl-C in the terminal is the engine's affair.
             self.process = subprocess.Popen(
                 [*command, str(limits.max_memory_bytes)],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 env=_environment(),
@@ -192,16 +198,20 @@ class DecodingProcess:
     def is_alive(self) -> bool:
         return self.process.poll() is None
 
-    def end(self) -> None:
+    def kill(self) -> None:
         """Kills the process and reaps it. May be called from any thread, more than once."""
         self.healthy = False
         self.process.kill()
         self.process.wait()
+
+    def end(self) -> None:
+        """As `kill`, and closes the socket: no other thread may be using it."""
+        self.kill()
         self.peer.close()
 
     def decode(self, fd: int, budget: FrameBudget, limits: VideoLimits) -> DecodedVideo:
         """As `VideoDecoder.decode`; after an error that leaves the process in doubt, `healthy` is False."""
-        healthy, self.healthy = self.healthy, False
+        self.healthy = False
         self.num_videos += 1
         deadline = time.monotonic() + limits.timeout + _GRACE
         try:
@@ -215,9 +225,9 @@ class DecodingProcess:
         except (OSError, WireError) as error:
             raise MediaError(f"the process that decodes it {self._fate()}") from error
         if reply.error is not None:
-            self.healthy = healthy and reply.healthy
+            self.healthy = reply.healthy
             raise MediaError(reply.error)
-        self.healthy = healthy
+        self.healthy = True
         assert reply.video is not None
         return reply.video
 

@@ -1,4 +1,4 @@
-"""Which frames of a video Qwen2.5-VL looks at, and how large each becomes: pure arithmetic, as in qwen_vl_utils."""
+"""Which frames of a video Qwen2.5-VL looks at, and how large each becomes: arithmetic only."""
 
 import math
 import struct
@@ -34,7 +34,7 @@ class FrameBudget:
     resize: tuple[int, int] | None = None
 
     def with_options(self, options: MediaOptions) -> "FrameBudget":
-        """This budget as one judgement's options change it. InvalidArgumentError: a rate or size of nothing."""
+        """This budget as one judgement's options change it. InvalidArgumentError: no pixels or no frames."""
         for name, value in (("fps", options.fps), ("max_pixels", options.max_pixels)):
             if value is not None and not 0 < value < math.inf:
                 raise InvalidArgumentError(f"{name}={value}: give a number above 0")

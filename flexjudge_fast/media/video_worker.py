@@ -24,7 +24,7 @@ def main() -> None:
     except ImportError as error:
         send(peer, {"error": str(error)})
         return
-    FrameBudget().frame_size(64, 64, 2)  # imports what it needs while files can still be opened
+    video_decode.warm_up()
     limit_process(int(sys.argv[1]))
     try:
         send(peer, {"ready": True})
@@ -34,12 +34,15 @@ def main() -> None:
                 return
             with os.fdopen(fd, "rb", buffering=0) as file:
                 answer(peer, video_decode, request, file)
-    except WireError:
+    except (WireError, OSError):
         return
 
 
 def answer(peer: socket.socket, video_decode: Any, request: dict[str, Any], file: Any) -> None:
-    """Sends the frames as they come, then the summary; or an error at any point. `healthy`: may be used again."""
+    """Sends the frames as they come, then the summary; or an error at any point.
+
+    `healthy` says whether this process may be used again.
+    """
     budget = FrameBudget(**request["budget"])
     limits = VideoLimits(**request["limits"])
     limit_time(limits.timeout)
@@ -51,18 +54,16 @@ def answer(peer: socket.socket, video_decode: Any, request: dict[str, Any], file
                 send(peer, {"start": asdict(part)})
             else:
                 send(peer, {"end": asdict(part) | {"digest": part.digest.hex()}})
+        return
+    except ConnectionError:
+        raise  # the engine is gone
     except MediaError as error:
-        send(peer, {"error": str(error)[:500], "healthy": True})
+        reason, healthy = str(error), True
     except MemoryError:
-        send(
-            peer, {"error": f"it needs more than {limits.max_memory_bytes} bytes of memory", "healthy": False}
-        )
-    except (OSError, WireError):
-        raise
+        reason, healthy = f"it needs more than {limits.max_memory_bytes} bytes of memory", False
     except Exception as error:  # PyAV raises what it likes on broken files
-        send(
-            peer, {"error": f"it cannot be decoded: {type(error).__name__}: {error}"[:500], "healthy": False}
-        )
+        reason, healthy = f"it cannot be decoded: {type(error).__name__}: {error}", False
+    send(peer, {"error": reason[:500], "healthy": healthy})
 
 
 def limit_process(max_memory_bytes: int) -> None:
