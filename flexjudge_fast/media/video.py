@@ -71,9 +71,7 @@ def take_frames(
             size, digest = (width, height), frames_digest(width, height)
             frames = np.empty((count, *_target(budget, limits, size, count), 3), np.uint8)
         if (width, height) != size:
-            raise MediaError(
-                f"frame {i} is {width}x{height}, those before {size[0]}x{size[1]}; give one size"
-            )
+            raise MediaError(f"frame {i} is {width}x{height}, the first {size[0]}x{size[1]}; give one size")
         digest.update(frame.data)
         target = (frames.shape[2], frames.shape[1])
         resized = Image.fromarray(frame).resize(target, Image.Resampling.BICUBIC)

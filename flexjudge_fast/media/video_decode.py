@@ -29,19 +29,9 @@ from flexjudge_fast.media.video_sampling import (
 # No demuxer of this list opens a second file; playlists (hls, dash, concat, image sequences) are not on it.
 CONTAINERS = ("mov", "matroska", "webm", "avi", "mpegts", "mpeg", "ogg", "flv", "gif")
 CODECS: tuple[str, ...] = (
-    "h264",
-    "hevc",
-    "vp8",
-    "vp9",
-    "libdav1d",
-    "av1",
-    "mpeg1video",
-    "mpeg2video",
-    "mpeg4",
-    "h263",
-    "flv",
+    *("h264", "hevc", "vp8", "vp9", "libdav1d", "av1", "mpeg1video", "mpeg2video", "mpeg4", "h263", "flv"),
+    *("msmpeg4v2", "msmpeg4", "theora", "mjpeg", "prores", "gif"),
 )
-CODECS += ("msmpeg4v2", "msmpeg4", "theora", "mjpeg", "prores", "gif")
 _TINY = bytes.fromhex("47494638396101000100800000000000ffffff2c00000000010001000002024401003b")  # a GIF
 
 
@@ -120,6 +110,9 @@ def decode(file: BinaryIO, budget: FrameBudget, limits: VideoLimits) -> Iterator
     except (av.FFmpegError, EOFError) as error:
         if isinstance(error, MemoryError):
             raise
+        if isinstance(error, ValueError):  # how FFmpeg says that a frame has more pixels than it may have
+            most = f"its frames are over the limit of {limits.max_frame_pixels} pixels"
+            raise MediaError(f"it is broken, or {most}: {error.strerror}") from error
         raise MediaError(f"it cannot be decoded: {getattr(error, 'strerror', None) or error}") from error
     raise MediaError("its frames differ from one decoding to the next")
 
