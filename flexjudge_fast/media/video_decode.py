@@ -107,13 +107,15 @@ def decode(file: BinaryIO, budget: FrameBudget, limits: VideoLimits) -> Iterator
             if total == survey.total:
                 return
             survey = Survey(total, survey.duration, survey.stated)
-    except (av.FFmpegError, EOFError) as error:
+    except av.FFmpegError as error:
         if isinstance(error, MemoryError):
             raise
-        if isinstance(error, ValueError):  # how FFmpeg says that a frame has more pixels than it may have
+        if isinstance(
+            error, av.ArgumentError
+        ):  # how FFmpeg says that a frame has more pixels than it may have
             most = f"its frames are over the limit of {limits.max_frame_pixels} pixels"
             raise MediaError(f"it is broken, or {most}: {error.strerror}") from error
-        raise MediaError(f"it cannot be decoded: {getattr(error, 'strerror', None) or error}") from error
+        raise MediaError(f"it cannot be decoded: {error.strerror}") from error
     raise MediaError("its frames differ from one decoding to the next")
 
 

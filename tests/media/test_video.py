@@ -196,9 +196,7 @@ def test_what_is_no_video_is_refused(decoder: VideoDecoder, name: str) -> None:
 
 def test_a_huge_frame_is_refused_by_its_header(decoder: VideoDecoder) -> None:
     gif = make_video("gif")
-    with pytest.raises(
-        MediaError, match=r"65535x65535 pixels is over the limit|broken, or its frames are over"
-    ):
+    with pytest.raises(MediaError, match=r"65535x65535 pixels|broken, or its frames are over"):
         read(decoder, gif[:6] + b"\xff" * 4 + gif[10:])
     with pytest.raises(MediaError, match="frames are over the limit of 9437184 pixels"):
         read(decoder, make_video("avi-mjpeg", 1, (4200, 2400)))
