@@ -8,6 +8,7 @@ decoded frames are the truth, and a third pass samples among those.
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from errno import EINVAL
 from fractions import Fraction
 from io import BytesIO
 from typing import Any, BinaryIO
@@ -110,12 +111,10 @@ def decode(file: BinaryIO, budget: FrameBudget, limits: VideoLimits) -> Iterator
     except av.FFmpegError as error:
         if isinstance(error, MemoryError):
             raise
-        if isinstance(
-            error, av.ArgumentError
-        ):  # how FFmpeg says that a frame has more pixels than it may have
-            most = f"its frames are over the limit of {limits.max_frame_pixels} pixels"
-            raise MediaError(f"it is broken, or {most}: {error.strerror}") from error
-        raise MediaError(f"it cannot be decoded: {error.strerror}") from error
+        reason = f"it cannot be decoded: {error.strerror}"
+        if error.errno == EINVAL:  # what FFmpeg answers where a frame has more than `max_pixels`
+            reason = f"it is broken, or its frames are over the limit of {limits.max_frame_pixels} pixels"
+        raise MediaError(reason) from error
     raise MediaError("its frames differ from one decoding to the next")
 
 

@@ -209,6 +209,29 @@ def test_a_size_that_only_the_container_claims_is_not_believed(decoder: VideoDec
     assert read(decoder, claimed).digest == read(decoder, data).digest
 
 
+@pytest.mark.parametrize(("container", "sound"), [("mp4", "aac"), ("webm", "libopus"), ("matroska", "flac")])
+def test_sound_beside_a_video_is_ignored(decoder: VideoDecoder, container: str, sound: str) -> None:
+    """Its decoder is not on the list, and is never opened."""
+    import av
+
+    codec = "libvpx-vp9" if container == "webm" else "libx264"
+    file = io.BytesIO()
+    with av.open(file, "w", format=container) as output:
+        voice: Any = output.add_stream(sound, rate=48_000)
+        stream: Any = output.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for i in range(12):
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(picture(i, 64, 48), format="rgb24")))
+        noise = av.AudioFrame.from_ndarray(np.zeros((1, 24_000), np.int16), format="s16", layout="mono")
+        noise.sample_rate = 48_000
+        output.mux([*voice.encode(noise), *voice.encode(), *stream.encode()])
+    data = file.getvalue()
+    video = read(decoder, data)
+    frames, _ = plain_frames(data)
+    assert video.indices == (0, 4, 7, 11)
+    assert video.digest == digest_of([frames[i] for i in video.indices])
+
+
 def test_sound_alone_is_no_video(decoder: VideoDecoder) -> None:
     import av
 
