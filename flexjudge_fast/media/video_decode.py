@@ -251,9 +251,7 @@ class Sampler:
         self.limits.check_length(total + 1, 0.0)
         self.limits.check_work(total + 1, frame.width, frame.height)
         if seen is not None and (frame.width, frame.height) != seen[:2]:
-            raise MediaError(
-                f"frame {total} is {frame.width}x{frame.height}, those before {seen[0]}x{seen[1]}"
-            )
+            raise MediaError(f"frame {total} is {frame.width}x{frame.height}, the first {seen[0]}x{seen[1]}")
 
     def _target(self, size: tuple[int, int]) -> tuple[int, int]:
         """(height, width) after resizing a frame of (width, height)."""

@@ -132,7 +132,6 @@ def outcome(decoder: VideoDecoder, data: bytes) -> tuple[str, float]:
         return str(error), time.perf_counter() - start
 
 
-@pytest.mark.slow
 def test_mutated_videos(monkeypatch: pytest.MonkeyPatch) -> None:
     peaks = []
     kill = DecodingProcess.kill
@@ -149,6 +148,9 @@ def test_mutated_videos(monkeypatch: pytest.MonkeyPatch) -> None:
     with VideoDecoder() as decoder:
         expected = decoder.decode(intact, BUDGET)
         outcomes = [outcome(decoder, data) for data in videos]
+        for i, (_, seconds) in enumerate(outcomes):
+            if seconds >= 1:  # a busy machine is not slow twice; a hang is
+                outcomes[i] = outcome(decoder, videos[i])
         assert decoder.decode(intact, BUDGET).digest == expected.digest
     assert max(seconds for _, seconds in outcomes) < 1
     assert max(peaks) < MAX_MEMORY

@@ -286,6 +286,24 @@ print({"torch", "numpy", "transformers"} & set(sys.modules))
     assert done.stdout == b"set()\n"
 
 
+def test_bytes_travel_without_memfd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "memfd_create")
+    with VideoDecoder() as decoder:
+        assert len(read(decoder, make_video()).frames) == 4
+
+
+def test_a_worker_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with VideoDecoder() as decoder:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "executable", "/bin/false")
+            with pytest.raises(MediaError, match="does not start: it ends at once"):
+                read(decoder, make_video())
+            patch.setattr(sys, "executable", "/none/python")
+            with pytest.raises(MediaError, match="cannot be started"):
+                read(decoder, make_video())
+        assert len(read(decoder, make_video()).frames) == 4
+
+
 def test_a_4k_video_fits_the_memory() -> None:
     with VideoDecoder() as decoder:
         video = decoder.decode(make_video("mp4-h264", 3, (3840, 2160)), FrameBudget())

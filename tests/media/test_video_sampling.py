@@ -43,6 +43,7 @@ def test_odd_bounds_become_even() -> None:
     assert budget.num_frames(100, 1.0) == 8
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40_000), st.floats(0.01, 1000), st.floats(0.01, 1000))
 def test_the_number_of_frames_is_always_possible(total: int, video_fps: float, fps: float) -> None:
     count = BUDGET.with_options(MediaOptions(fps=fps)).num_frames(total, video_fps)
@@ -96,7 +97,7 @@ def test_many_frames_share_the_pixels(count: int) -> None:
     assert height * width <= max(min(BUDGET.max_pixels, share), int(BUDGET.min_pixels * 1.05))
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.integers(1, 4000), st.integers(1, 4000), st.integers(1, 768), st.integers(800, 10**6))
 def test_sizes_hold_the_bounds(height: int, width: int, count: int, most: int) -> None:
     budget = BUDGET.with_options(MediaOptions(max_pixels=most))
