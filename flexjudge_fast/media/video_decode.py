@@ -38,10 +38,10 @@ _TINY = bytes.fromhex("47494638396101000100800000000000ffffff2c00000000010001000
 
 @dataclass(frozen=True)
 class Survey:
-    """What a pass over the packets found.
+    """What a pass over the packets, or over the frames, found.
 
     Args:
-        total: frames, as far as packets tell.
+        total: frames; as far as packets tell.
         duration: seconds from the first frame's start to the last one's end; 0 without time stamps.
         stated: frames per second by the header, if any.
     """
@@ -104,10 +104,10 @@ def decode(file: BinaryIO, budget: FrameBudget, limits: VideoLimits) -> Iterator
     try:
         survey = survey_packets(file, limits, deadline)
         for _ in range(2):
-            total = yield from Sampler(survey, budget, limits, deadline).run(file)
-            if total == survey.total:
+            found = yield from Sampler(survey, budget, limits, deadline).run(file)
+            if found.total == survey.total:
                 return
-            survey = Survey(total, survey.duration, survey.stated)
+            survey = found
     except av.FFmpegError as error:
         if isinstance(error, MemoryError):
             raise
@@ -210,19 +210,19 @@ class Sampler:
         if fps is None and survey.total > 1:
             raise MediaError("it has neither time stamps nor a frame rate")
         self.fps = fps or 1.0
-        self.total = survey.total
+        self.total, self.stated = survey.total, survey.stated
         self.budget, self.limits, self.deadline = budget, limits, deadline
         count = budget.num_frames(survey.total, self.fps)
         self.indices = frame_indices(survey.total, count)
         self.times: list[float] = []
         self.reformatter = VideoReformatter()
 
-    def run(self, file: BinaryIO) -> Generator[Part, None, int]:
-        """Yields what `decode` does; returns how many frames there really are."""
+    def run(self, file: BinaryIO) -> Generator[Part, None, Survey]:
+        """Yields what `decode` does; returns what frames there really are."""
         container, stream = open_video(file, self.limits)
         with container:
             wanted = set(self.indices)
-            total, begin, seen, digest, target = 0, 0.0, None, frames_digest(0, 0), (0, 0)
+            total, begin, end, seen, digest, target = 0, 0.0, None, None, frames_digest(0, 0), (0, 0)
             for frame in container.decode(stream):
                 self._check(frame, total, seen)
                 if total == 0:
@@ -238,12 +238,13 @@ class Sampler:
                     self.times.append(total / self.fps if frame.time is None else frame.time - begin)
                     yield image.resize(target[::-1], Image.Resampling.BICUBIC).tobytes()
                     del image
-                total += 1
+                total, end = total + 1, frame.time
         if seen is None:
             raise MediaError("none of its frames can be decoded")
         if total == self.total:
             yield self._summary(digest.digest(), size, seen[2])
-        return total
+        duration = 0.0 if end is None or total < 2 else (end - begin) * total / (total - 1)
+        return Survey(total, max(duration, 0.0), self.stated)
 
     def _check(self, frame: Any, total: int, seen: tuple[int, int, str, int] | None) -> None:
         self.deadline.check()

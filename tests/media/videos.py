@@ -32,13 +32,14 @@ def make_video(
     fps: Fraction | int = 25,
     times: Sequence[int] | None = None,
     rotation: int = 0,
+    options: dict[str, str] | None = None,
 ) -> bytes:
     """A video of `size` (width, height) whose frames all differ; `times` in milliseconds, if not regular."""
-    container, codec, pixels, options = FORMATS[name]
+    container, codec, pixels, usual = FORMATS[name]
     width, height = size
     file = io.BytesIO()
     with av.open(file, "w", format=container) as output:
-        stream: Any = output.add_stream(codec, rate=fps, options=options)
+        stream: Any = output.add_stream(codec, rate=fps, options=usual if options is None else options)
         stream.width, stream.height, stream.pix_fmt = width, height, pixels
         if times is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
