@@ -166,6 +166,14 @@ def patched(data: bytes, at: int, value: bytes) -> bytes:
     return data[:at] + value + data[at + len(value) :]
 
 
+def scans(count: int) -> bytes:
+    """A progressive JPEG of 3000 x 3000 pixels whose last scan comes `count` times."""
+    data = encoded(Image.new("RGB", (16, 16)), "JPEG", progressive=True)
+    data = patched(data, data.index(b"\xff\xc2") + 5, struct.pack(">HH", 3000, 3000))
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * count + data[-2:]
+
+
 def tiff(**tags: int) -> bytes:
     """A TIFF of 16 x 16 grey pixels by its tags, each a 32-bit number, then a kilobyte of deflated zeros."""
     names = {"width": 256, "height": 257, "bits": 258, "compression": 259, "photo": 262, "offsets": 273,
@@ -186,6 +194,7 @@ def tiff(**tags: int) -> bytes:
 def bombs() -> dict[str, bytes]:
     black = Image.new("RGB", (16, 16))
     jpeg, gif = encoded(black, "JPEG"), encoded(black, "GIF")
+    png_file = encoded(black, "PNG")
     bmp, webp = encoded(black, "BMP"), encoded(black, "WEBP")
     size = jpeg.index(b"\xff\xc0") + 5
     lossless = encoded(black, "WEBP", lossless=True)
@@ -201,6 +210,10 @@ def bombs() -> dict[str, bytes]:
         "png with less than it says": png(5000, 5000, 10, 6),
         "jpeg 65500 x 65500": patched(jpeg, size, struct.pack(">HH", 65_500, 65_500)),
         "jpeg 5000 x 5000 of nothing": patched(jpeg, size, struct.pack(">HH", 5000, 5000)),
+        "jpeg of 500 scans": scans(500),
+        "jpeg of markers": jpeg[:2] + b"\xff\xfe\0\2" * 2_000_000 + jpeg[2:],
+        "png of chunks": png_file[:33] + b"\0\0\0\0abCd\x78\x06\xe9\xb3" * 1_000_000 + png_file[33:],
+        "gif of comments": gif[:13] + b"\x21\xfe\0" * 5_000_000 + gif[13:],
         "gif 65535 x 65535": patched(gif, 6, b"\xff" * 4),
         "gif with a large frame": patched(gif, gif.index(b"\x2c") + 5, b"\xff" * 4),
         "bmp 2^31": patched(bmp, 18, struct.pack("<ii", 0x7FFFFFFF, 0x7FFFFFFF)),
