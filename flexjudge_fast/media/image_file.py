@@ -43,7 +43,7 @@ class ImageLimits:
     memory_bytes: int = 240 << 20
     slow_pixels: int = 1 << 20
     scan_pixels: int = 1 << 30
-    reads: int = 1 << 18
+    reads: int = 1 << 17
 
     def check_size(self, width: int, height: int) -> None:
         """MediaError unless an image of this size may be decoded."""
