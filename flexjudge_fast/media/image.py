@@ -148,7 +148,7 @@ def _strip_to_rgb(strip: Image.Image) -> Pixels:
         return ((values + 128) // 257).astype(np.uint8)[..., None]
     if strip.has_transparency_data:
         return _over_white(np.asarray(strip.convert("RGBA")))
-    return np.asarray(strip.convert("RGB"))
+    return np.asarray(strip if strip.mode == "RGB" else strip.convert("RGB"))
 
 
 def _orientation(image: Image.Image) -> int:
