@@ -10,6 +10,9 @@ from flexjudge_fast.ops.backend import has_compiled_ops
 def resize_bicubic(frames: torch.Tensor, height: int, width: int, threads: int = 1) -> torch.Tensor:
     """The bytes of Pillow's `resize((width, height), BICUBIC)` of each frame, as an RGB image.
 
+    Pillow 13 it is: the versions before it resize along the width first always, which changes a few bytes of
+    images that lose far more rows than columns.
+
     Args:
         frames: uint8 [num_frames, *, *, 3] on the CPU.
         height, width: of the result, 1 to 131,072 as the frames' own; else RuntimeError.
@@ -25,7 +28,7 @@ def resize_bicubic(frames: torch.Tensor, height: int, width: int, threads: int =
 
 
 def resize_bicubic_reference(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """The same by Pillow."""
+    """The same by the Pillow that is installed."""
     if frames.dtype != torch.uint8 or frames.dim() != 4 or frames.shape[3] != 3:
         raise RuntimeError("resize_bicubic: frames must be uint8 [num_frames, height, width, 3]")
     if min(height, width, *frames.shape[1:3]) < 1:

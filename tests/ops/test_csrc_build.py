@@ -43,7 +43,7 @@ def test_dequantize(flags, tmp_path):
     run_standalone("test_dequantize", ["dequantize.cpp", "quantize.cpp"], flags, tmp_path)
 
 
-@pytest.mark.parametrize("flags", [SANITIZED, ["-O3"]], ids=["sanitized", "shipped"])
+@pytest.mark.parametrize("flags", [SANITIZED, THREADS, ["-O3"]], ids=["sanitized", "threads", "shipped"])
 def test_image(flags, tmp_path):
     """Frames of every odd size, resized and cut into patches."""
     run_standalone("test_image", ["image.cpp", "thread_pool.cpp"], flags, tmp_path)
