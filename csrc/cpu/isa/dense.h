@@ -106,9 +106,10 @@ struct Ahead {
   }
 };
 
-// One chain of sums a token and run.
+// One chain of sums a token and run. Not inlined: among its callers' variables GCC keeps some of the sums in memory,
+// which halves its speed.
 template <class Steps, int kT>
-void dense_kernel(const std::uint8_t* w, const typename Steps::Word* x, std::int64_t stride, std::int64_t columns, Ahead ahead, float* c) {
+__attribute__((noinline)) void dense_kernel(const std::uint8_t* w, const typename Steps::Word* x, std::int64_t stride, std::int64_t columns, Ahead ahead, float* c) {
   std::int64_t steps = (columns + Steps::kColumns - 1) / Steps::kColumns;
   while (steps > 0) {
     const std::int64_t run = std::min(steps, kRun / Steps::kColumns);
