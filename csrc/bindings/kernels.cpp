@@ -1,61 +1,13 @@
 // The CPU kernels as torch ops: shapes and types are checked here, the work is done in csrc/cpu.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
-#include <algorithm>
-#include <array>
-#include <cstdlib>
-#include <cstring>
-#include <string>
 #include <tuple>
 
-#include "flexjudge/decoder.h"
+#include "common.h"
 
 namespace {
 
+using namespace flexjudge::bindings;
 using flexjudge::Format;
 using flexjudge::Kernels;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// Read at every call, so that a test can go through all instruction sets in one process.
-const Kernels& kernels() {
-  const char* wanted = std::getenv("FLEXJUDGE_ISA");
-  const Kernels* found = flexjudge::find_kernels(wanted);
-  STD_TORCH_CHECK(found != nullptr, "FLEXJUDGE_ISA=", wanted == nullptr ? "" : wanted,
-                  ": not one of scalar, avx2, avx512_vnni, avx512_bf16, or this processor lacks it");
-  return *found;
-}
-
-template <class T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
-void check(bool good, const char* what) { STD_TORCH_CHECK(good, what); }
-
-template <std::size_t N>
-Tensor new_tensor(const Tensor& like, const std::array<int64_t, N>& shape, ScalarType type) {
-  return torch::stable::new_empty(like, {shape.data(), shape.size()}, type);
-}
-
-// A buffer for `bytes` bytes and the first 64-byte boundary in it.
-struct Scratch {
-  Tensor memory;
-  uint8_t* begin;
-  Scratch(const Tensor& like, int64_t bytes)
-      : memory(new_tensor<1>(like, {bytes + 64}, ScalarType::Byte)),
-        begin(reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(memory.mutable_data_ptr()) + 63) / 64 * 64)) {}
-};
-
-const flexjudge::FormatInfo& format_of(const std::string& name) {
-  const flexjudge::FormatInfo* found = flexjudge::find_format(name);
-  STD_TORCH_CHECK(found != nullptr, "unknown weight format ", name);
-  return *found;
-}
 
 // Calls `work(i)` for i below `count`, spread over the threads.
 template <class Work>
@@ -96,10 +48,6 @@ Tensor unpack(const Tensor& packed, const std::string& format_name, int64_t rows
   return out;
 }
 
-flexjudge::Matrix matrix(const uint8_t* packed, const flexjudge::FormatInfo& format, int64_t rows, int64_t columns) {
-  return {packed, &format, rows, columns, flexjudge::packed_layout(format, rows, columns)};
-}
-
 // x: float32 [num_tokens, columns]. Returns float32 [num_tokens, rows].
 Tensor packed_linear(const Tensor& x, const Tensor& packed, const std::string& format_name, int64_t rows, int64_t terms, int64_t threads) {
   check(x.scalar_type() == ScalarType::Float && x.dim() == 2 && x.is_contiguous(), "packed_linear: x must be contiguous float32 [num_tokens, columns]");
@@ -136,11 +84,6 @@ flexjudge::KvCache kv_cache(const Tensor& cache, int64_t num_kv_heads, int64_t h
   return kv;
 }
 
-const int64_t* int64s(const Tensor& t) {
-  check(t.scalar_type() == ScalarType::Long && t.is_contiguous(), "indices must be contiguous int64");
-  return static_cast<const int64_t*>(t.const_data_ptr());
-}
-
 flexjudge::Sequences sequences(const Tensor& query_start, const Tensor& context_lens, const Tensor& block_tables) {
   check(query_start.numel() == context_lens.numel() + 1 && block_tables.dim() == 2 && block_tables.size(0) >= context_lens.numel(),
         "query_start, context_lens and block_tables do not agree");
@@ -170,79 +113,40 @@ Tensor packed_attention(const Tensor& query, const Tensor& cache, int64_t layer,
   return out;
 }
 
-// Reads a decoder from the numbers that `ops/decoder.py` lays out in the same order.
-class PlanReader {
- public:
-  explicit PlanReader(const Tensor& plan) : at_(int64s(plan)), end_(at_ + plan.numel()) {}
-
-  flexjudge::Decoder decoder() {
-    flexjudge::Decoder m{};
-    m.hidden = next();
-    m.intermediate = next();
-    m.num_heads = next();
-    m.num_kv_heads = next();
-    m.head_dim = next();
-    const int64_t eps_bits = next();
-    double eps;
-    std::memcpy(&eps, &eps_bits, 8);
-    m.eps = static_cast<float>(eps);
-    m.terms = static_cast<int>(next());
-    m.layers.resize(static_cast<std::size_t>(next()));
-    for (flexjudge::Layer& layer : m.layers) {
-      layer.input_norm = floats();
-      layer.qkv = linear();
-      layer.out = linear();
-      layer.post_norm = floats();
-      layer.gate = linear();
-      layer.up = linear();
-      layer.down = linear();
-    }
-    m.norm = floats();
-    m.head = linear();
-    m.embed = matrix();
-    m.cos = floats();
-    m.sin = floats();
-    m.max_positions = next();
-    m.rope_sections.resize(static_cast<std::size_t>(next()));
-    int64_t pairs = 0;
-    for (int64_t& section : m.rope_sections) pairs += section = next();
-    check(2 * pairs == m.head_dim, "decoder: RoPE's sections do not make up a head");
-    check(at_ == end_, "decoder: the plan is too long");
-    return m;
-  }
-
- private:
-  int64_t next() {
-    check(at_ < end_, "decoder: the plan is too short");
-    return *at_++;
-  }
-  const float* floats() { return reinterpret_cast<const float*>(next()); }
-  flexjudge::Linear linear() {
-    flexjudge::Linear w;
-    w.parts.resize(static_cast<std::size_t>(next()));
-    w.bias = floats();
-    for (flexjudge::Matrix& part : w.parts) part = matrix();
-    return w;
-  }
-  flexjudge::Matrix matrix() {
-    const auto* packed = reinterpret_cast<const uint8_t*>(next());
-    const auto& format = flexjudge::format_info(static_cast<Format>(next()));
-    const int64_t rows = next(), columns = next();
-    return ::matrix(packed, format, rows, columns);
-  }
-
-  const int64_t* at_;
-  const int64_t* end_;
-};
+flexjudge::Decoder read_decoder(const Tensor& plan) {
+  PlanReader read(plan);
+  flexjudge::Decoder m{};
+  m.hidden = read.next();
+  m.intermediate = read.next();
+  m.num_heads = read.next();
+  m.num_kv_heads = read.next();
+  m.head_dim = read.next();
+  m.eps = read.real();
+  m.terms = read.integer();
+  m.layers.resize(static_cast<std::size_t>(read.next()));
+  for (flexjudge::Layer& layer : m.layers) layer = read.layer();
+  m.norm = read.floats();
+  m.head = read.linear();
+  m.embed = read.matrix();
+  m.cos = read.floats();
+  m.sin = read.floats();
+  m.max_positions = read.next();
+  m.rope_sections.resize(static_cast<std::size_t>(read.next()));
+  int64_t pairs = 0;
+  for (int64_t& section : m.rope_sections) pairs += section = read.next();
+  check(2 * pairs == m.head_dim, "decoder: RoPE's sections do not make up a head");
+  read.finish();
+  return m;
+}
 
 // Decoders are held by address: parsed once, freed by `close_decoder`.
-int64_t open_decoder(const Tensor& plan) { return reinterpret_cast<int64_t>(new flexjudge::Decoder(PlanReader(plan).decoder())); }
+int64_t open_decoder(const Tensor& plan) { return reinterpret_cast<int64_t>(new flexjudge::Decoder(read_decoder(plan))); }
 void close_decoder(int64_t handle) { delete reinterpret_cast<flexjudge::Decoder*>(handle); }
 
 // Everything that is an index in the kernels.
-void check_inputs(const flexjudge::Decoder& model, const flexjudge::Step& step) {
+void check_inputs(const flexjudge::Decoder& model, const flexjudge::Step& step, int64_t num_media) {
   const int64_t n = step.num_tokens, *ids = step.token_ids, *positions = step.positions;
-  for (int64_t i = 0; i < n; ++i) check(ids[i] >= 0 && ids[i] < model.embed.rows, "decoder: a token id is out of range");
+  for (int64_t i = 0; i < n; ++i) check(ids[i] >= 0 && ids[i] < model.embed.rows + num_media, "decoder: a token id is out of range");
   for (int64_t i = 0; i < n * static_cast<int64_t>(model.rope_sections.size()); ++i) {
     check(positions[i] >= 0 && positions[i] < model.max_positions, "decoder: a position is out of range");
   }
@@ -262,8 +166,8 @@ void check_inputs(const flexjudge::Decoder& model, const flexjudge::Step& step) 
 }
 
 // One step of a whole decoder; see `ops/decoder.py`. Returns float32 [num_rows, vocab] and bool [num_rows].
-std::tuple<Tensor, Tensor> decoder(int64_t handle, const Tensor& token_ids, const Tensor& positions, const Tensor& slots, const Tensor& block_tables,
-                                   const Tensor& query_start, const Tensor& context_lens, const Tensor& cache, const Tensor& logit_rows,
+std::tuple<Tensor, Tensor> decoder(int64_t handle, const Tensor& token_ids, const Tensor& positions, const Tensor& slots, const Tensor& media,
+                                   const Tensor& block_tables, const Tensor& query_start, const Tensor& context_lens, const Tensor& cache, const Tensor& logit_rows,
                                    const Tensor& scratch, int64_t threads) {
   const auto& model = *reinterpret_cast<const flexjudge::Decoder*>(handle);
   const int64_t n = token_ids.numel(), num_rows = logit_rows.numel();
@@ -277,6 +181,7 @@ std::tuple<Tensor, Tensor> decoder(int64_t handle, const Tensor& token_ids, cons
                              int64s(token_ids),
                              int64s(positions),
                              int64s(slots),
+                             static_cast<const float*>(media.const_data_ptr()),
                              sequences(query_start, context_lens, block_tables),
                              kv_cache(cache, model.num_kv_heads, model.head_dim),
                              num_rows,
@@ -284,7 +189,9 @@ std::tuple<Tensor, Tensor> decoder(int64_t handle, const Tensor& token_ids, cons
                              data<float>(logits),
                              data<bool>(finite)};
   check(cache.size(0) == static_cast<int64_t>(model.layers.size()), "decoder: the KV cache does not have the model's layers");
-  check_inputs(model, step);
+  check(media.scalar_type() == ScalarType::Float && media.dim() == 2 && media.is_contiguous() && media.size(1) == model.hidden,
+        "decoder: media must be contiguous float32 [num_media, hidden]");
+  check_inputs(model, step, media.size(0));
   const Kernels& k = kernels();
   check(scratch.numel() >= k.decoder_scratch_bytes(model, n, longest(step.sequences), static_cast<int>(threads)) &&
             reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr()) % 64 == 0,
@@ -340,8 +247,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flexjudge, m) {
   m.def("open_decoder(Tensor plan) -> int");
   m.def("close_decoder(int handle) -> ()");
   m.def(
-      "decoder(int handle, Tensor token_ids, Tensor positions, Tensor slots, Tensor block_tables, Tensor query_start, "
-      "Tensor context_lens, Tensor(a!) cache, Tensor logit_rows, Tensor(b!) scratch, int threads) -> (Tensor, Tensor)");
+      "decoder(int handle, Tensor token_ids, Tensor positions, Tensor slots, Tensor media, Tensor block_tables, "
+      "Tensor query_start, Tensor context_lens, Tensor(a!) cache, Tensor logit_rows, Tensor(b!) scratch, int threads) -> (Tensor, Tensor)");
   m.def("decoder_scratch_bytes(int handle, int num_tokens, int max_context, int threads) -> int");
   m.def("sample_tokens(Tensor logits, Tensor draws, Tensor banned, int threads) -> Tensor");
   m.def("format_id(str format) -> int");

@@ -1,4 +1,4 @@
-// The thread pool, packed products, attention, a decoder's steps and draws by themselves, for the sanitizers and for
+// The thread pool, packed products, attention, a decoder's steps, a vision tower and draws by themselves, for the sanitizers and for
 // emulated instruction sets: every buffer is exactly as large as the interface asks for. FJ_TESTED: the table of
 // kernels; FJ_TWIN: one of the same bits.
 #include <algorithm>
@@ -13,6 +13,7 @@
 
 #include "flexjudge/decoder.h"
 #include "flexjudge/half.h"
+#include "flexjudge/vision.h"
 
 #ifndef FJ_TESTED
 #define FJ_TESTED kernels_scalar
@@ -253,10 +254,15 @@ void test_attention(KvFormat format, AttentionShape shape, std::int64_t block_si
   }
 }
 
-// Two layers of random weights in several formats.
-struct SmallDecoder {
+// Random weights that live as long as it does.
+struct RandomWeights {
   std::deque<Aligned> packed;
   std::deque<std::vector<float>> floats;
+
+};
+
+// Two layers of random weights in several formats.
+struct SmallDecoder : RandomWeights {
   Decoder model{};
 
   explicit SmallDecoder(std::int64_t head_dim) {
@@ -272,16 +278,23 @@ struct SmallDecoder {
                               linear({{Format::kQ8_0, 96}}, 64), linear({{Format::kQ4_1, 64}}, 96)});
     }
   }
-  const float* random(std::int64_t count) { return floats.emplace_back(random_floats(count)).data(); }
-  Linear linear(std::vector<std::pair<Format, std::int64_t>> parts, std::int64_t columns) {
-    Linear w;
-    for (const auto& [which, rows] : parts) {
-      const FormatInfo& format = format_info(which);
-      const PackedLayout layout = packed_layout(format, rows, columns);
-      const Aligned& memory = packed.emplace_back(layout.bytes());
-      pack_rows(format, random_source(format, rows, columns).data(), rows, columns, 0, layout.row_blocks, memory.data);
-      w.parts.push_back({memory.data, &format, rows, columns, layout});
+};
+
+// Three layers of plain weights, attention in windows and over frames.
+struct SmallTower : RandomWeights {
+  VisionTower model{};
+
+  explicit SmallTower(Format format) {
+    const std::int64_t hidden = 40, inner = 52;
+    model = {hidden, inner, 2, 4, 1e-6f, linear({{format, hidden}}, 27), {}, {false, true, false}, random(hidden), biased(format, 160, 160), biased(format, 24, 160)};
+    for (int i = 0; i < 3; ++i) {
+      model.layers.push_back({random(hidden), biased(format, 3 * hidden, hidden), biased(format, hidden, hidden), random(hidden),
+                              biased(format, inner, hidden), biased(format, inner, hidden), biased(format, hidden, inner)});
     }
+  }
+  Linear biased(Format format, std::int64_t rows, std::int64_t columns) {
+    Linear w = linear({{format, rows}}, columns);
+    w.bias = random(rows);
     return w;
   }
 };
@@ -296,13 +309,14 @@ std::vector<float> run_decoder(const Decoder& model, KvFormat format, std::int64
   for (const Batch* batch : {&first, &last}) {
     const std::int64_t n = batch->num_tokens();
     std::vector<std::int64_t> ids, positions, rows;
-    for (std::int64_t i = 0; i < n; ++i) ids.push_back(static_cast<std::int64_t>(random_bits() % 37));
+    const std::vector<float> media = random_floats(3 * model.hidden);
+    for (std::int64_t i = 0; i < n; ++i) ids.push_back(static_cast<std::int64_t>(random_bits() % (37 + 3)));
     for (std::int64_t i = 0; i < 3 * n; ++i) positions.push_back(static_cast<std::int64_t>(random_bits() % 310));
     for (std::int64_t i = 0; i < n; ++i) rows.push_back(i);
     const std::unique_ptr<bool[]> finite(new bool[static_cast<std::size_t>(n)]);
     std::fill_n(finite.get(), n, true);
     std::vector<float> logits(static_cast<std::size_t>(n * model.head.rows()));
-    const Step step{n,    ids.data(), positions.data(), batch->slots.data(), batch->sequences(), memory.cache,
+    const Step step{n,    ids.data(), positions.data(), batch->slots.data(), media.data(), batch->sequences(), memory.cache,
                     n, rows.data(), logits.data(), finite.get()};
     const Aligned scratch(FJ_TESTED.decoder_scratch_bytes(model, n, *std::max_element(batch->context_lens.begin(), batch->context_lens.end()), threads));
     run_team(threads, [&](Team& team, int rank) { FJ_TESTED.decoder(model, step, scratch.data, team, rank); });
@@ -320,6 +334,31 @@ void test_decoder(KvFormat format, std::int64_t head_dim, std::int64_t block_siz
   for (const int threads : {2, 3}) {
     expect(run_decoder(decoder.model, format, block_size, threads, seed) == one, "the same logits on any number of threads");
   }
+}
+
+// A pass over media of the given windows and frames.
+std::vector<float> run_tower(const VisionTower& model, const std::vector<float>& patches, const std::vector<float>& angles,
+                             const std::vector<std::int64_t>& windows, const std::vector<std::int64_t>& frames, int threads) {
+  const std::int64_t n = frames.back();
+  auto segments = [](const std::vector<std::int64_t>& start) { return Segments{static_cast<std::int64_t>(start.size()) - 1, start.data()}; };
+  std::vector<float> out(static_cast<std::size_t>(n / model.merge * model.merge_out.rows()));
+  const VisionStep step{n, patches.data(), angles.data(), angles.data(), segments(windows), segments(frames), out.data()};
+  const Aligned scratch(FJ_TESTED.vision_scratch_bytes(model, step, threads));
+  run_team(threads, [&](Team& team, int rank) { FJ_TESTED.vision(model, step, scratch.data, team, rank); });
+  return out;
+}
+
+// The same bits on any number of threads, and for a medium alone and before another.
+void test_vision(Format format) {
+  const SmallTower tower(format);
+  const std::vector<std::int64_t> windows{0, 16, 20, 36, 300, 304}, frames{0, 36, 304};
+  const std::vector<float> patches = random_floats(304 * 27), angles = random_floats(304 * 10);
+  const std::vector<float> both = run_tower(tower.model, patches, angles, windows, frames, 1);
+  for (const float v : both) expect(std::isfinite(v), "finite embeddings");
+  for (const int threads : {2, 3}) expect(run_tower(tower.model, patches, angles, windows, frames, threads) == both, "the same embeddings on any number of threads");
+  const std::vector<float> first(patches.begin(), patches.begin() + 36 * 27);
+  const std::vector<float> alone = run_tower(tower.model, first, angles, {0, 16, 20, 36}, {0, 36}, 2);
+  expect(std::equal(alone.begin(), alone.end(), both.begin()), "the same embeddings alone");
 }
 
 void test_draws() {
@@ -353,6 +392,7 @@ int main() {
     test_decoder(format, 16, 16);
     test_decoder(format, 20, 5);
   }
+  for (const Format format : {Format::kF32, Format::kF16, Format::kBF16}) test_vision(format);
   test_draws();
   std::puts("ok");
 }

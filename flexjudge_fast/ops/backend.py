@@ -46,3 +46,8 @@ def one_torch_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def isa() -> str:
+    """The instruction set whose kernels run, or "reference" for plain torch."""
+    return str(torch.ops.flexjudge.isa()) if has_compiled_ops() else "reference"

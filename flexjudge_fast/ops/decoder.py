@@ -1,6 +1,5 @@
 """A whole decoder step in one call on the CPU: every layer, then the logits that are needed."""
 
-import struct
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,27 +7,15 @@ from dataclasses import dataclass
 import torch
 
 from flexjudge_fast.ops.packed import PackedMatrix
-
-
-@dataclass(frozen=True, eq=False)
-class PackedLinear:
-    """Matrices over the same input, side by side, and a float32 bias [rows of all] or `None`."""
-
-    parts: Sequence[PackedMatrix]
-    bias: torch.Tensor | None
-
-
-@dataclass(frozen=True, eq=False)
-class PackedLayer:
-    """One decoder layer; norms are float32 [hidden]."""
-
-    input_norm: torch.Tensor
-    qkv: PackedLinear
-    out: PackedLinear
-    post_norm: torch.Tensor
-    gate: PackedLinear
-    up: PackedLinear
-    down: PackedLinear
+from flexjudge_fast.ops.plan import (
+    PackedLayer,
+    PackedLinear,
+    float_number,
+    layer_numbers,
+    linear_numbers,
+    matrix_numbers,
+    open_plan,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +45,7 @@ class PackedDecoder:
 class DecoderStep:
     """A step's tokens and where they live; int64, contiguous, on the CPU."""
 
-    token_ids: torch.Tensor  # [num_tokens]
+    token_ids: torch.Tensor  # [num_tokens]; from vocab_size on: rows of `media`
     positions: torch.Tensor  # [num_tokens], or [num_sections, num_tokens]
     slots: torch.Tensor  # [num_tokens]
     block_tables: torch.Tensor  # [num_seqs, max_blocks]
@@ -66,6 +53,7 @@ class DecoderStep:
     context_lens: torch.Tensor  # [num_seqs]
     logit_rows: torch.Tensor  # [num_rows], tokens whose logits are needed
     max_context: int  # the largest of context_lens
+    media: torch.Tensor | None = None  # [num_media, hidden] float32: embeddings that stand for placeholders
 
 
 class DecoderPlan:
@@ -78,17 +66,14 @@ class DecoderPlan:
         self.model = model
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._room = (0, 0, 0)  # tokens, context and threads the scratch is enough for
-        (eps_bits,) = struct.unpack("q", struct.pack("d", model.rms_norm_eps))
         numbers = [model.hidden_size, model.intermediate_size, model.num_heads, model.num_kv_heads]
-        numbers += [model.head_dim, eps_bits, model.activation_bytes, len(model.layers)]
-        for layer in model.layers:
-            numbers += [layer.input_norm.data_ptr(), *_linear(layer.qkv), *_linear(layer.out)]
-            numbers += [layer.post_norm.data_ptr()]
-            numbers += [*_linear(layer.gate), *_linear(layer.up), *_linear(layer.down)]
-        numbers += [model.norm.data_ptr(), *_linear(model.head), *_matrix(model.embed)]
+        numbers += [model.head_dim, float_number(model.rms_norm_eps), model.activation_bytes]
+        numbers += [len(model.layers), *(n for layer in model.layers for n in layer_numbers(layer))]
+        numbers += [model.norm.data_ptr(), *linear_numbers(model.head), *matrix_numbers(model.embed)]
         numbers += [model.cos.data_ptr(), model.sin.data_ptr(), len(model.cos)]
         numbers += [len(model.rope_sections), *model.rope_sections]
-        self.handle: int = torch.ops.flexjudge.open_decoder(torch.tensor(numbers, dtype=torch.int64))
+        self.handle = open_plan(torch.ops.flexjudge.open_decoder, numbers)
+        self.no_media = torch.empty(0, model.hidden_size)
         freed = weakref.finalize(self, torch.ops.flexjudge.close_decoder, self.handle)
         freed.atexit = False  # another thread may still be in a step then
 
@@ -130,6 +115,7 @@ def run_decoder(
         step.token_ids,
         step.positions,
         step.slots,
+        plan.no_media if step.media is None else step.media,
         step.block_tables,
         step.query_start,
         step.context_lens,
@@ -139,15 +125,3 @@ def run_decoder(
         threads,
     )
     return logits, finite
-
-
-def _linear(linear: PackedLinear) -> list[int]:
-    numbers = [len(linear.parts), 0 if linear.bias is None else linear.bias.data_ptr()]
-    for part in linear.parts:
-        numbers += _matrix(part)
-    return numbers
-
-
-def _matrix(matrix: PackedMatrix) -> list[int]:
-    format_id = torch.ops.flexjudge.format_id(matrix.format_name)
-    return [matrix.data.data_ptr(), format_id, matrix.rows, matrix.columns]

@@ -3,6 +3,7 @@
 
 #include "decoder.h"
 #include "sampler.h"
+#include "vision.h"
 
 namespace flexjudge {
 
@@ -16,6 +17,8 @@ const Kernels FJ_TABLE = {
     FJ_ISA::decoder,
     FJ_ISA::decoder_scratch_bytes,
     FJ_ISA::draw_token,
+    FJ_ISA::vision,
+    FJ_ISA::vision_scratch_bytes,
 };
 
 }  // namespace flexjudge

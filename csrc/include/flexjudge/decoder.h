@@ -94,9 +94,10 @@ struct Sequences {
 
 struct Step {
   std::int64_t num_tokens;
-  const std::int64_t* token_ids;  // [num_tokens]
+  const std::int64_t* token_ids;  // [num_tokens]: rows of the embedding table, then rows of `media`
   const std::int64_t* positions;  // [rope_sections, num_tokens]
   const std::int64_t* slots;      // [num_tokens]
+  const float* media;             // [num_media, hidden]: embeddings that stand for placeholders
   Sequences sequences;
   KvCache cache;
   std::int64_t num_rows;
@@ -117,6 +118,9 @@ struct Banned {
   std::int64_t count;
 };
 
+struct VisionTower;  // vision.h
+struct VisionStep;
+
 // The kernels of one instruction set. Those with a team are called by each of its ranks, with the same arguments,
 // and use `scratch`: `*_scratch_bytes` bytes, 64-byte aligned, shared by the team.
 struct Kernels {
@@ -133,6 +137,8 @@ struct Kernels {
   std::int64_t (*decoder_scratch_bytes)(const Decoder& model, std::int64_t num_tokens, std::int64_t max_context,
                                         int threads);
   std::int64_t (*draw_token)(const float* row, std::int64_t size, const Banned& banned, const Draw& draw);
+  void (*vision)(const VisionTower& model, const VisionStep& step, std::uint8_t* scratch, Team& team, int rank);
+  std::int64_t (*vision_scratch_bytes)(const VisionTower& model, const VisionStep& step, int threads);
 };
 
 // The best kernels that this processor runs where `name` is null or empty, else those called "scalar", "avx2",
