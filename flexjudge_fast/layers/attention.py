@@ -14,12 +14,13 @@ from flexjudge_fast.ops.rotary_embedding import rotary_embedding
 class AttentionInput:
     """Where the tokens of one step live. Filled per step by `engine.input_buffers`."""
 
-    positions: torch.Tensor  # [num_tokens] int64
+    positions: torch.Tensor  # [num_tokens] int64; [3, num_tokens] for M-RoPE
     slot_mapping: torch.Tensor  # [num_tokens] int64
     block_tables: torch.Tensor  # [num_seqs, max_blocks] int64
     query_start: torch.Tensor  # [num_seqs + 1] int64, on the CPU: offsets into the tokens
     context_lens: torch.Tensor  # [num_seqs] int64, on the CPU: new tokens included
     max_context: int  # the largest of context_lens
+    media: torch.Tensor | None = None  # [num_media, hidden]: embeddings that stand for placeholders
 
 
 class Attention:

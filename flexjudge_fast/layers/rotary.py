@@ -27,6 +27,7 @@ class RopeConfig:
     mscale_all_dim: float | None = None
     truncate: bool = True
     factors: tuple[float, ...] = ()  # [head_dim / 2], divide the frequencies one by one
+    sections: tuple[int, ...] = ()  # of head_dim / 2: pairs that turn by time, height and width (M-RoPE)
 
 
 class Rotary:
@@ -36,12 +37,23 @@ class Rotary:
         inv_freq, attention_factor = rope_frequencies(config)
         positions = torch.arange(max_len, dtype=torch.float32)
         angles = torch.outer(positions, inv_freq)  # [max_len, head_dim / 2]
+        self.sections = config.sections
         self.cos = (angles.cos() * attention_factor).to(device)
         self.sin = (angles.sin() * attention_factor).to(device)
 
     def __call__(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """positions: [num_tokens] int64. Returns cos and sin, [num_tokens, head_dim / 2] each, in `dtype`."""
-        return self.cos[positions].to(dtype), self.sin[positions].to(dtype)
+        """cos and sin, [num_tokens, head_dim / 2] each, in `dtype`.
+
+        positions: [num_tokens] int64; with sections [3, num_tokens] (M-RoPE, Wang et al. 2024, section 2.1).
+        """
+        if not self.sections:
+            return self.cos[positions].to(dtype), self.sin[positions].to(dtype)
+        return self._sectioned(self.cos, positions).to(dtype), self._sectioned(self.sin, positions).to(dtype)
+
+    def _sectioned(self, table: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Each section of the pairs by its own row of positions."""
+        parts = table.split(self.sections, dim=1)
+        return torch.cat([part[row] for part, row in zip(parts, positions, strict=True)], dim=1)
 
 
 def rope_frequencies(config: RopeConfig) -> tuple[torch.Tensor, float]:

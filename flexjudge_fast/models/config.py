@@ -65,6 +65,19 @@ _HARMLESS = frozenset(
         "task_specific_params",
     ]
 )
+# What surrounds the decoder's own fields in a vision-language checkpoint.
+_VISION_LANGUAGE = "Qwen2_5_VLForConditionalGeneration"
+_MULTIMODAL = frozenset(
+    [
+        "text_config",
+        "vision_config",
+        "image_token_id",
+        "video_token_id",
+        "vision_start_token_id",
+        "vision_end_token_id",
+        "vision_token_id",
+    ]
+)
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn", "factors")
 _ROPE_NUMBERS = (  # fields of `RopeConfig` of the same name
     "factor",
@@ -85,6 +98,7 @@ _ROPE_FIELDS = frozenset(
         "truncate",
         "factors",
         "finetuned",
+        "mrope_section",
         *_ROPE_NUMBERS,
     ]
 )
@@ -121,9 +135,11 @@ def read_decoder_config(config: Mapping[str, Any], ignore: Collection[str] = ())
     Raises:
         UnsupportedCheckpointError: a field is missing, unknown, or asks for other maths.
     """
-    _refuse_unknown(config, ignore)
     architecture = _architecture(config)
-    is_qwen2 = architecture == "Qwen2ForCausalLM"
+    is_qwen2 = architecture != "LlamaForCausalLM"
+    if architecture == _VISION_LANGUAGE:
+        config = _text_part(config, ignore)
+    _refuse_unknown(config, ignore)
     num_heads = _positive(config, "num_attention_heads")
     num_kv_heads = _positive(config, "num_key_value_heads", num_heads)
     hidden = _positive(config, "hidden_size")
@@ -156,16 +172,32 @@ def read_decoder_config(config: Mapping[str, Any], ignore: Collection[str] = ())
         qkv_bias=is_qwen2 or attention_bias,
         out_bias=not is_qwen2 and attention_bias,
         mlp_bias=not is_qwen2 and bool(config.get("mlp_bias", False)),
-        rope=_read_rope(config, head_dim, max_positions),
+        rope=_read_rope(config, head_dim, max_positions, architecture == _VISION_LANGUAGE),
     )
+
+
+def _text_part(config: Mapping[str, Any], ignore: Collection[str]) -> dict[str, Any]:
+    """The decoder's fields of a vision-language config: at its top, or (newer) in `text_config`."""
+    outer = {name: value for name, value in config.items() if name not in _MULTIMODAL}
+    inner = config.get("text_config")
+    if inner is None:
+        return outer
+    if not isinstance(inner, Mapping):
+        raise UnsupportedCheckpointError("config field text_config: an object is expected")
+    _refuse_unknown(outer, ignore)
+    own = {name: value for name, value in inner.items() if name not in _MULTIMODAL}
+    return {
+        **own,
+        **{name: outer[name] for name in ("architectures", "tie_word_embeddings") if name in outer},
+    }
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
     names = config.get("architectures") or []
-    if len(names) != 1 or names[0] not in ("LlamaForCausalLM", "Qwen2ForCausalLM"):
+    known = ("LlamaForCausalLM", "Qwen2ForCausalLM", _VISION_LANGUAGE)
+    if len(names) != 1 or names[0] not in known:
         raise UnsupportedCheckpointError(
-            f"config field architectures: {names!r} is not supported "
-            "(this version runs LlamaForCausalLM and Qwen2ForCausalLM)"
+            f"config field architectures: {names!r} is not supported (this version runs {', '.join(known)})"
         )
     return str(names[0])
 
@@ -187,12 +219,17 @@ def _refuse_unknown(config: Mapping[str, Any], ignore: Collection[str]) -> None:
         )
 
 
-def _read_rope(config: Mapping[str, Any], head_dim: int, max_positions: int) -> RopeConfig:
+def _read_rope(
+    config: Mapping[str, Any], head_dim: int, max_positions: int, has_sections: bool
+) -> RopeConfig:
     rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
     for name in rope:
-        if name not in _ROPE_FIELDS and rope[name] is not None:
+        if (name not in _ROPE_FIELDS or (name == "mrope_section" and not has_sections)) and rope[
+            name
+        ] is not None:
             raise UnsupportedCheckpointError(f"config field rope_parameters.{name} is unknown")
     rope_type = str(rope.get("rope_type") or rope.get("type") or "default")
+    rope_type = "default" if rope_type == "mrope" and has_sections else rope_type
     if rope_type not in _ROPE_TYPES:
         raise UnsupportedCheckpointError(
             f"config field rope_parameters.rope_type: {rope_type!r} is not one of {', '.join(_ROPE_TYPES)}"
@@ -213,8 +250,22 @@ def _read_rope(config: Mapping[str, Any], head_dim: int, max_positions: int) -> 
         original_max_positions=int(rope.get("original_max_position_embeddings") or max_positions),
         truncate=bool(rope.get("truncate", True)),
         factors=tuple(float(f) for f in rope.get("factors") or ()),
+        sections=_read_sections(rope.get("mrope_section"), head_dim) if has_sections else (),
         **numbers,
     )
+
+
+def _read_sections(value: Any, head_dim: int) -> tuple[int, ...]:
+    """M-RoPE's pairs of dimensions that turn by time, by height and by width."""
+    good = (
+        isinstance(value, list | tuple) and len(value) == 3 and all(type(n) is int and n >= 0 for n in value)
+    )
+    if not good or 2 * sum(value) != head_dim:
+        raise UnsupportedCheckpointError(
+            f"config field rope_parameters.mrope_section: {value!r}, three sizes are expected that add up to "
+            f"{head_dim // 2}"
+        )
+    return tuple(value)
 
 
 def _field(config: Mapping[str, Any], name: str) -> Any:

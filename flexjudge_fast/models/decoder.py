@@ -13,6 +13,8 @@ from flexjudge_fast.layers.rotary import Rotary
 from flexjudge_fast.models.config import DecoderConfig
 from flexjudge_fast.models.loader import TensorLoader
 
+_PREFIXES = ("model.", "model.language_model.")  # the second of newer vision-language checkpoints
+
 
 @dataclass(frozen=True)
 class DecoderLayer:
@@ -34,10 +36,11 @@ class Decoder:
         self.config = config
         self.dtype = load.dtype
         table = (config.vocab_size, config.hidden_size)
-        self.embed = Embedding(load.weight("model.embed_tokens.weight", table), load.dtype)
+        prefix = load.prefix(_PREFIXES, "embed_tokens.weight")
+        self.embed = Embedding(load.weight(prefix + "embed_tokens.weight", table), load.dtype)
         self.rotary = Rotary(config.rope, max_len, load.device)
-        self.layers = [_load_layer(config, load, f"model.layers.{i}.") for i in range(config.num_layers)]
-        self.norm = RMSNorm(load.vector("model.norm.weight", config.hidden_size), config.rms_norm_eps)
+        self.layers = [_load_layer(config, load, f"{prefix}layers.{i}.") for i in range(config.num_layers)]
+        self.norm = RMSNorm(load.vector(prefix + "norm.weight", config.hidden_size), config.rms_norm_eps)
         head = self.embed.weight if config.tie_word_embeddings else load.weight("lm_head.weight", table)
         self.lm_head = Linear([head])
 
@@ -45,14 +48,14 @@ class Decoder:
         """Run every layer.
 
         Args:
-            token_ids: [num_tokens] int64.
+            token_ids: [num_tokens] int64; from vocab_size on they are rows of `inputs.media`.
             inputs: where the tokens live.
             cache: [num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim], written in place.
 
         Returns:
             [num_tokens, hidden], after the final norm.
         """
-        residual = self.embed(token_ids)  # [num_tokens, hidden]
+        residual = self._embed(token_ids, inputs.media)  # [num_tokens, hidden]
         x = self.layers[0].input_norm(residual)
         cos_sin = self.rotary(inputs.positions, self.dtype)
         norms = [layer.input_norm for layer in self.layers[1:]] + [self.norm]
@@ -61,6 +64,14 @@ class Decoder:
             x, residual = layer.post_norm.add(x, residual)
             x, residual = next_norm.add(layer.mlp(x), residual)
         return x
+
+    def _embed(self, token_ids: torch.Tensor, media: torch.Tensor | None) -> torch.Tensor:
+        if media is None:
+            return self.embed(token_ids)
+        is_media = token_ids >= self.config.vocab_size
+        out = self.embed(token_ids.masked_fill(is_media, 0))
+        out[is_media] = media[token_ids[is_media] - self.config.vocab_size].to(out.dtype)
+        return out
 
     def step(
         self, token_ids: torch.Tensor, inputs: AttentionInput, cache: torch.Tensor, logit_rows: torch.Tensor

@@ -36,6 +36,11 @@ class TensorLoader:
         self.merge = merge
         self.quantization = quantization
 
+    def prefix(self, candidates: Sequence[str], name: str) -> str:
+        """The candidate under which the checkpoint has the tensor `name`; the first one if none fits."""
+        names = self.checkpoint.tensor_names()
+        return next((prefix for prefix in candidates if prefix + name in names), candidates[0])
+
     def weight(self, name: str, shape: tuple[int, ...]) -> Weight:
         """The tensor `name`; dense ones come in the loader's dtype.
 

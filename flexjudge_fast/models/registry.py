@@ -2,12 +2,17 @@
 
 import torch
 
+from flexjudge_fast.errors import UnsupportedCheckpointError
 from flexjudge_fast.models.config import DecoderConfig
 from flexjudge_fast.models.decoder import Decoder
 from flexjudge_fast.models.llama import LlamaForCausalLM
 from flexjudge_fast.models.loader import TensorLoader
 from flexjudge_fast.models.packed import PackedModel
+from flexjudge_fast.models.packed_vision import PackedVisionTower
 from flexjudge_fast.models.qwen2 import Qwen2ForCausalLM
+from flexjudge_fast.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+from flexjudge_fast.models.vision_config import VisionConfig
+from flexjudge_fast.models.vision_tower import VisionTower
 from flexjudge_fast.ops.backend import has_compiled_ops
 from flexjudge_fast.weights.checkpoint import Checkpoint
 from flexjudge_fast.weights.quantization import Quantization
@@ -42,8 +47,33 @@ def load_model(
     classes: dict[str, type[Decoder]] = {
         "LlamaForCausalLM": LlamaForCausalLM,
         "Qwen2ForCausalLM": Qwen2ForCausalLM,
+        "Qwen2_5_VLForConditionalGeneration": Qwen2_5_VLForConditionalGeneration,
     }
     is_packed = device.type == "cpu" and has_compiled_ops()
     loader = TensorLoader(checkpoint, dtype, device, expand, merge=not is_packed, quantization=quantization)
     model = classes[config.architecture](config, loader, max_len)
     return PackedModel(model, activation_bytes, num_threads) if is_packed else model
+
+
+def load_vision(
+    checkpoint: Checkpoint,
+    config: VisionConfig,
+    decoder: DecoderConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_threads: int = 1,
+) -> VisionTower | PackedVisionTower:
+    """Load a checkpoint's vision tower, whose weights stay plain.
+
+    Raises:
+        CheckpointError: a tensor is missing, has the wrong shape, or is not finite.
+        UnsupportedCheckpointError: the tower does not fit the language model.
+    """
+    if config.out_hidden_size != decoder.hidden_size:
+        raise UnsupportedCheckpointError(
+            f"config field vision_config.out_hidden_size: {config.out_hidden_size}, the language model has "
+            f"{decoder.hidden_size}"
+        )
+    is_packed = device.type == "cpu" and has_compiled_ops()
+    tower = VisionTower(config, TensorLoader(checkpoint, dtype, device, merge=not is_packed))
+    return PackedVisionTower(tower, num_threads) if is_packed else tower

@@ -40,6 +40,10 @@ class Checkpoint(ABC):
     def tokenizer_json(self) -> str:
         """The text of a `tokenizer.json`."""
 
+    def processor_configs(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """How images and videos become pixels: the two preprocessors' settings; empty for a text model."""
+        return {}, {}
+
     @abstractmethod
     def weight_files(self) -> Sequence[Path]:
         """The files that hold weights."""

@@ -83,6 +83,14 @@ class SafetensorsCheckpoint(Checkpoint):
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: {error}") from error
 
+    def processor_configs(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        both = read_json(self.path / "processor_config.json")  # of transformers 5; else a file each
+        image = both.get("image_processor") or read_json(self.path / "preprocessor_config.json")
+        video = both.get("video_processor") or read_json(self.path / "video_preprocessor_config.json")
+        if not isinstance(image, dict) or not isinstance(video, dict):
+            raise CheckpointError(f"{self.path / 'processor_config.json'}: its processors must be objects")
+        return image, video
+
     def _open(self, path: Path) -> Any:
         if path not in self._files:
             try:
