@@ -17,7 +17,7 @@ from PIL import (
 )
 
 from flexjudge_fast.errors import MediaError
-from flexjudge_fast.media.vision_processor import MAX_ASPECT_RATIO
+from flexjudge_fast.media.smart_resize import MAX_ASPECT_RATIO
 
 
 @dataclass(frozen=True)

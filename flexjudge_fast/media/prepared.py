@@ -27,3 +27,15 @@ class PreparedMedia:
     grid: tuple[int, int, int]
     num_tokens: int
     seconds_per_grid: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class MediaRun:
+    """Where a medium's placeholders stand in a prompt: `num_tokens` of them from position `start` on."""
+
+    start: int
+    media: PreparedMedia
+
+    @property
+    def end(self) -> int:
+        return self.start + self.media.num_tokens

@@ -10,6 +10,7 @@ from PIL import Image
 
 from flexjudge_fast.errors import MediaError
 from flexjudge_fast.media.items import MediaItem, MediaOptions
+from flexjudge_fast.media.source import describe as describe_source
 from flexjudge_fast.media.video_limits import VideoLimits
 from flexjudge_fast.media.video_pool import DecodedVideo, VideoDecoder
 from flexjudge_fast.media.video_sampling import FrameBudget, frames_digest
@@ -47,7 +48,7 @@ def decode_video(
     except MediaError as error:
         if item.name and str(error).startswith(item.name):
             raise  # one frame of a list, which has a name of its own
-        raise MediaError(f"{item.name or 'video'}: {describe(source)}: {error}") from error
+        raise MediaError(f"{item.name or 'video'}: {_describe(source)}: {error}") from error
 
 
 def take_frames(
@@ -99,23 +100,15 @@ def _frame(item: MediaItem, load_frame: FrameLoader) -> NDArray[np.uint8]:
 
 
 def _target(budget: FrameBudget, limits: VideoLimits, size: tuple[int, int], count: int) -> tuple[int, int]:
-    try:
-        target = budget.frame_size(size[1], size[0], count)
-    except ValueError as error:
-        raise MediaError(str(error)) from error
+    target = budget.frame_size(size[1], size[0], count)
     limits.check_output(count, *target)
     return target
 
 
-def describe(source: object) -> str:
+def _describe(source: object) -> str:
     """A source in a few words, for messages."""
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return f"{memoryview(source).nbytes} bytes"
-    if isinstance(source, (str, os.PathLike)):
-        text = repr(os.fspath(source))
-        return text if len(text) <= 100 else f"{text[:40]}...{text[-55:]}"
     if isinstance(source, np.ndarray):
         return f"{source.dtype} {list(source.shape)}"
-    if isinstance(source, (list, tuple)):
+    if isinstance(source, list | tuple):
         return f"{len(source)} frames"
-    return type(source).__name__
+    return describe_source(source)

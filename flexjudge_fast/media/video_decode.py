@@ -256,10 +256,7 @@ class Sampler:
 
     def _target(self, size: tuple[int, int]) -> tuple[int, int]:
         """(height, width) after resizing a frame of (width, height)."""
-        try:
-            target = self.budget.frame_size(size[1], size[0], len(self.indices))
-        except ValueError as error:
-            raise MediaError(str(error)) from error
+        target = self.budget.frame_size(size[1], size[0], len(self.indices))
         self.limits.check_output(len(self.indices), *target)
         return target
 

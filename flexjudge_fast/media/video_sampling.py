@@ -7,6 +7,7 @@ from hashlib import blake2b
 
 from flexjudge_fast.errors import InvalidArgumentError
 from flexjudge_fast.media.items import MediaOptions
+from flexjudge_fast.media.smart_resize import smart_resize
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,12 @@ class FrameBudget:
         return max(int(wanted) // self.temporal * self.temporal, self.temporal)
 
     def frame_size(self, height: int, width: int, num_frames: int) -> tuple[int, int]:
-        """(height, width) of each of `num_frames` frames after resizing. ValueError: no such size exists."""
+        """(height, width) of each of `num_frames` frames after resizing. MediaError: no such size exists."""
         share = min(self.max_pixels, self.total_pixels / num_frames * self.temporal)
         most = min(max(share, int(self.min_pixels * 1.05)), self.max_pixels)
         if self.resize is not None:
             width, height = self.resize
-        return _smart_resize(height, width, self.factor, self.min_pixels, int(most))
+        return smart_resize(height, width, self.factor, self.min_pixels, int(most))
 
 
 def frame_indices(total: int, num_frames: int) -> list[int]:
@@ -114,19 +115,3 @@ def frames_digest(width: int, height: int) -> blake2b:
 
 def _float32(x: float) -> float:
     return float(struct.unpack("f", struct.pack("f", x))[0])
-
-
-def _smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Stands in for `vision_processor.smart_resize` until both are in one tree."""
-    if max(height, width) > 200 * min(height, width):
-        raise ValueError(f"{width}x{height} is narrower than 1:200")
-    rows, columns = round(height / factor) * factor, round(width / factor) * factor
-    if rows * columns > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        rows = max(factor, math.floor(height / shrink / factor) * factor)
-        columns = max(factor, math.floor(width / shrink / factor) * factor)
-    elif rows * columns < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        rows = math.ceil(height * grow / factor) * factor
-        columns = math.ceil(width * grow / factor) * factor
-    return rows, columns

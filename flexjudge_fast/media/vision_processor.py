@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flexjudge_fast.errors import InvalidArgumentError, MediaError, UnsupportedCheckpointError
+from flexjudge_fast.errors import InvalidArgumentError, UnsupportedCheckpointError
 from flexjudge_fast.media.items import MediaOptions
+from flexjudge_fast.media.smart_resize import smart_resize
 
 Color = tuple[float, float, float]
 
-MAX_ASPECT_RATIO = 200
 _BICUBIC = 3  # Pillow's number
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -97,33 +97,6 @@ class VisionProcessor:
     def num_tokens(self, grid: tuple[int, int, int]) -> int:
         """Embeddings that the encoder makes of a grid."""
         return math.prod(grid) // self.merge_size**2
-
-
-def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The height and width nearest to the given ones that are multiples of `factor`, within the limits.
-
-    Equal to transformers' for all inputs, rounding included. A side never falls below `factor`, so that an
-    image may exceed a max_pixels that leaves no room for its aspect ratio.
-
-    Raises:
-        MediaError: a side is 0, or one is more than 200 times the other.
-    """
-    if min(height, width) < 1:
-        raise MediaError(f"{width} x {height} pixels is not an image")
-    if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
-        raise MediaError(
-            f"{width} x {height} pixels: one side is more than {MAX_ASPECT_RATIO} times the other"
-        )
-    rounded = round(height / factor) * factor, round(width / factor) * factor
-    if math.prod(rounded) > max_pixels:
-        shrink = math.sqrt((height * width) / max_pixels)
-        down = [max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width)]
-        return down[0], down[1]
-    if math.prod(rounded) < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        up = [math.ceil(side * grow / factor) * factor for side in (height, width)]
-        return up[0], up[1]
-    return rounded
 
 
 def read_vision_processor(image: Mapping[str, Any], video: Mapping[str, Any]) -> VisionProcessor:

@@ -306,7 +306,7 @@ def test_frames_that_do_not_fit_are_refused(decoder: VideoDecoder) -> None:
         ([one, one[..., 0]], r"\[1\]: uint8 \[48, 64\]"),
         (np.zeros((2, 4, 4, 4), np.uint8), r"uint8 \[4, 4, 4\]; a frame is"),
         (np.zeros((1, 2, 9000, 3), np.uint8), "9000x2 pixels is over"),
-        (np.zeros((1, 2, 1000, 3), np.uint8), "1:200"),
+        (np.zeros((1, 2, 1000, 3), np.uint8), "more than 200 times"),
         ([one, "/none.png"], r"\[1\]: .*No such file"),
     ]:
         with pytest.raises(MediaError, match=rf"^videos\[0\].*{message}"):

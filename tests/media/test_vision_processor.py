@@ -10,7 +10,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from flexjudge_fast.errors import MediaError, UnsupportedCheckpointError
 from flexjudge_fast.media.items import MediaOptions
-from flexjudge_fast.media.vision_processor import VisionProcessor, read_vision_processor, smart_resize
+from flexjudge_fast.media.smart_resize import smart_resize
+from flexjudge_fast.media.vision_processor import VisionProcessor, read_vision_processor
 
 CLIP = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
