@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -28,6 +29,10 @@ class EngineConfig:
             "float16" or "int8", which halves bfloat16's memory: 8-bit codes and a float scale per token and
             KV head.
         prefix_caching: keep computed prefixes for later requests.
+        encoder_cache_memory: bytes, or a string such as "512MiB", for embeddings of images and video.
+        encoder_cache_dir: a folder where embeddings are kept beyond the process; none when `None`.
+        encoder_cache_disk: the most that folder may hold, as bytes or a string.
+        max_encoder_patches: patches that are encoded at once; it bounds the memory of a pass.
         activations: what activations become before a product with quantised weights, on the CPU: "int16"
             (greedy text is nearly always that of float32) or "int8" (faster on prompts and batches).
         num_threads: threads of a step on the CPU; torch's number when `None`.
@@ -41,6 +46,10 @@ class EngineConfig:
     kv_cache_fraction: float | None = None
     kv_cache_dtype: str = "auto"
     prefix_caching: bool = True
+    encoder_cache_memory: int | str = "512MiB"
+    encoder_cache_dir: str | Path | None = None
+    encoder_cache_disk: int | str = "8GiB"
+    max_encoder_patches: int = 4096
     activations: str = "int16"
     num_threads: int | None = None
 
@@ -52,7 +61,14 @@ class EngineConfig:
             raise InvalidArgumentError(
                 f"kv_cache_dtype={self.kv_cache_dtype!r}: must be auto or one of {known}"
             )
-        for name in ("max_model_len", "max_num_seqs", "max_batched_tokens", "block_size", "num_threads"):
+        for name in (
+            "max_model_len",
+            "max_num_seqs",
+            "max_batched_tokens",
+            "block_size",
+            "num_threads",
+            "max_encoder_patches",
+        ):
             value = getattr(self, name)
             if value is None and name in ("max_model_len", "num_threads"):
                 continue
@@ -61,8 +77,9 @@ class EngineConfig:
         fraction = self.kv_cache_fraction
         if fraction is not None and not 0 < fraction <= 1:
             raise InvalidArgumentError(f"kv_cache_fraction={fraction!r}: must be above 0 and at most 1")
-        if self.kv_cache_memory is not None:
-            parse_bytes("kv_cache_memory", self.kv_cache_memory)
+        for name in ("kv_cache_memory", "encoder_cache_memory", "encoder_cache_disk"):
+            if getattr(self, name) is not None:
+                parse_bytes(name, getattr(self, name))
 
 
 def parse_bytes(name: str, value: int | str) -> int:

@@ -4,16 +4,17 @@ import codecs
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from flexjudge_fast.engine.completion import Completion, complete
 from flexjudge_fast.engine.config import EngineConfig
 from flexjudge_fast.engine.interrupts import interrupts_held
+from flexjudge_fast.engine.prompts import PromptLike
 from flexjudge_fast.engine.request import Request
 from flexjudge_fast.engine.sampling_params import SamplingParams
 from flexjudge_fast.engine.setup import EngineParts, load_parts
@@ -21,17 +22,22 @@ from flexjudge_fast.engine.stats import EngineStats
 from flexjudge_fast.engine.step import Stepper
 from flexjudge_fast.errors import EngineStateError, InvalidArgumentError, RequestTooLargeError
 from flexjudge_fast.prompts.grammar import AnswerGrammar
+from flexjudge_fast.prompts.segments import Prompt
 
-Message = Mapping[str, Any]
-PromptLike = str | Sequence[int] | Sequence[Message]
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from flexjudge_fast.media.items import MediaItem, MediaOptions
+    from flexjudge_fast.media.prepared import PreparedMedia
+
 TextCallback = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
 class EngineInput:
-    """One prompt for `Engine.run`: token ids, how to sample, and the grammar of the answer, if any."""
+    """One prompt for `Engine.run`, how to sample, and the grammar of the answer, if any."""
 
-    prompt: tuple[int, ...]
+    prompt: Prompt
     params: SamplingParams
     grammar: AnswerGrammar | None = None
     all_logits: bool = False
@@ -109,7 +115,7 @@ class Engine:
 
     @property
     def provenance(self) -> dict[str, str]:
-        """Model path, hash of its weights, and the version of this engine."""
+        """Model path, hash of its weights, how it computes, and the version of this engine."""
         from flexjudge_fast import __version__
 
         checkpoint = self._parts.checkpoint
@@ -117,6 +123,7 @@ class Engine:
             "model": str(checkpoint.path),
             "weights_hash": checkpoint.weights_hash(),
             "dtype": str(self._parts.runner.model.dtype).removeprefix("torch."),
+            "arithmetic": self._parts.arithmetic,
             "engine_version": __version__,
         }
 
@@ -155,23 +162,22 @@ class Engine:
         assert logits is not None
         return logits
 
-    def encode(self, prompt: PromptLike) -> tuple[int, ...]:
-        """Token ids of a prompt in any of the three forms."""
+    def encode(self, prompt: PromptLike) -> Prompt:
+        """A prompt's token ids, and its media where it is given as messages."""
         self._check_usable()
-        if isinstance(prompt, str):
-            ids: Sequence[int] = self.tokenizer.encode_raw(prompt)
-        elif prompt and isinstance(prompt[0], Mapping):
-            segments = self._parts.chat_template.render(prompt)
-            ids = self.tokenizer.encode_prompt(segments)
-        else:
-            ids = prompt  # type: ignore[assignment]
-        vocab = self._parts.runner.model.config.vocab_size
-        for token_id in ids:
-            if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab:
-                raise InvalidArgumentError(f"prompt: {token_id!r} is not a token id below {vocab}")
-        if not ids:
-            raise InvalidArgumentError("prompt: it is empty")
-        return tuple(ids)
+        return self._parts.prompts.encode(prompt)
+
+    def read_media(
+        self, items: "Sequence[MediaItem]", options: "MediaOptions"
+    ) -> "list[Future[PreparedMedia]]":
+        """Start to decode and resize media, in threads.
+
+        Raises:
+            UnsupportedMediaError: the model does not read this kind of media. What is wrong with a medium
+                itself is raised by its future, as a MediaError.
+        """
+        self._check_usable()
+        return self._parts.prompts.read_media(items, options)
 
     def run(
         self,
@@ -227,6 +233,7 @@ class Engine:
     def close(self) -> None:
         """Refuse further calls and drop the model's memory."""
         self._closed = True
+        self._parts.prompts.close()
         self._parts.runner.release()
 
     def __enter__(self) -> "Engine":
@@ -255,6 +262,11 @@ class Engine:
         need = len(item.prompt) + (0 if item.all_logits else 1)
         if item.grammar is not None:
             need += item.grammar.start().reserve()
+        positions = self._parts.prompts.positions(item.prompt)
+        if positions is not None and positions.max() >= self.max_model_len:
+            raise RequestTooLargeError(
+                f"the prompt's media reach position {positions.max()}; the context holds {self.max_model_len}"
+            )
         if need > self._room:
             raise RequestTooLargeError(
                 f"the prompt has {len(item.prompt)} tokens and needs room for {need}; the context holds "
@@ -272,14 +284,18 @@ class Engine:
             return
         params, parts = item.params, self._parts
         eos = frozenset() if params.ignore_eos else parts.eos_ids
+        positions = self._parts.prompts.positions(item.prompt)
+        ahead = 0 if positions is None else max(0, int(positions.max()) + 1 - len(item.prompt))
         with self._lock:
             request = Request(
                 id=self._new_id(),
-                prompt=item.prompt,
+                prompt=item.prompt.token_ids,
                 params=params,
                 text=self.tokenizer,
                 stop_ids=eos | frozenset(params.stop_token_ids),
-                max_len=min(self._room, len(item.prompt) + params.max_tokens),
+                max_len=min(self._room, self.max_model_len - ahead, len(item.prompt) + params.max_tokens),
+                media=item.prompt.media,
+                positions=positions,
                 grammar=None if item.grammar is None else item.grammar.start(),
                 all_logits=item.all_logits,
                 samples=params.n,

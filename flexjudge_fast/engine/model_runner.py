@@ -1,10 +1,11 @@
-"""Runs the model on a batch and owns the KV cache's memory."""
+"""Runs encoders and model on a batch and owns the KV cache's memory."""
 
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from flexjudge_fast.engine.batch import Batch
+from flexjudge_fast.engine.encoder_runner import EncoderRunner
 from flexjudge_fast.engine.input_buffers import InputBuffers
 from flexjudge_fast.models.config import DecoderConfig
 from flexjudge_fast.models.decoder import Decoder
@@ -14,7 +15,7 @@ from flexjudge_fast.ops.kv_cache import copy_blocks, kv_row_size
 
 
 class ModelRunner:
-    """`run(batch)` copies forked blocks, runs every layer, and gives the logits the batch asks for."""
+    """`run(batch)` encodes media, copies forked blocks, runs every layer, and gives the logits asked for."""
 
     def __init__(
         self,
@@ -24,10 +25,12 @@ class ModelRunner:
         block_size: int,
         buffers: InputBuffers,
         device: torch.device,
+        encoder: EncoderRunner | None = None,
     ) -> None:
         config = model.config
         self.model = model
         self.buffers = buffers
+        self.encoder = encoder
         self.num_forward_tokens = 0
         row_size = kv_row_size(config.head_dim, kv_dtype)
         shape = (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, row_size)
@@ -40,7 +43,8 @@ class ModelRunner:
         Returns:
             [num_rows, vocab_size] float32; for each row whether its logits are all finite.
         """
-        inputs = self.buffers.fill(batch)
+        embeddings = {} if self.encoder is None else self.encoder.run(batch)
+        inputs = self.buffers.fill(batch, embeddings)
         copy_blocks(self.cache, batch.block_copies)
         logits, finite = self.model.step(inputs.token_ids, inputs.attention, self.cache, inputs.logit_rows)
         self.num_forward_tokens += batch.num_tokens
@@ -57,7 +61,7 @@ class ModelRunner:
 
     def release(self) -> None:
         """Drop weights and cache; the runner can't run any more."""
-        del self.model, self.cache
+        del self.model, self.cache, self.encoder
 
 
 def kv_bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:

@@ -4,12 +4,16 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from flexjudge_fast.engine.prefix_cache import ROOT, BlockContent
 from flexjudge_fast.engine.sampling_params import SamplingParams
+from flexjudge_fast.media.prepared import MediaRun
 from flexjudge_fast.prompts.grammar import AnswerState, Probe
 
 
@@ -43,7 +47,10 @@ class Request:
     stop_ids: frozenset[int]
     max_len: int
     grammar: AnswerState | None = None
-    media_keys: tuple[tuple[int, int, bytes], ...] = ()  # (first position, end position, content key)
+    media: tuple[MediaRun, ...] = ()
+    positions: NDArray[np.int64] | None = (
+        None  # of the prompt, [3, num_tokens], where they are not 0, 1, 2, ...
+    )
     all_logits: bool = False
     sample_index: int = 0
     samples: int = 1
@@ -69,6 +76,25 @@ class Request:
             digest = hashlib.blake2b(repr((self.prompt, self.media_keys)).encode(), digest_size=8)
             self.key = int.from_bytes(digest.digest(), "little")
             self._follow_grammar()
+
+    @property
+    def media_keys(self) -> tuple[tuple[int, int, bytes], ...]:
+        """First position, end position and content key of each medium."""
+        return tuple((run.start, run.end, run.media.key) for run in self.media)
+
+    @cached_property
+    def position_offset(self) -> int:
+        """A generated token's position less its place in the sequence (M-RoPE's delta)."""
+        return 0 if self.positions is None else int(self.positions.max()) + 1 - len(self.prompt)
+
+    def positions_of(self, start: int, end: int) -> NDArray[np.int64]:
+        """RoPE positions of the tokens [start, end): [num_tokens], or [3, num_tokens]."""
+        plain = np.arange(start, end)
+        if self.positions is None:
+            return plain
+        known = self.positions[:, start:end]  # none of them for generated tokens
+        rest = plain[known.shape[1] :] + self.position_offset
+        return np.concatenate((known, np.broadcast_to(rest, (3, len(rest)))), axis=1)
 
     @property
     def num_uncomputed(self) -> int:
@@ -108,7 +134,8 @@ class Request:
             self.text,
             self.stop_ids,
             self.max_len,
-            media_keys=self.media_keys,
+            media=self.media,
+            positions=self.positions,
             sample_index=sample_index,
             token_ids=list(self.token_ids),
             num_computed=self.num_computed,
@@ -178,7 +205,7 @@ class Request:
         return BlockContent(parent, tuple(self.token_ids[start:end]), self.media_in(start, end))
 
     def media_in(self, start: int, end: int) -> tuple[bytes, ...]:
-        return tuple(key for first, last, key in self.media_keys if first < end and last > start)
+        return tuple(run.media.key for run in self.media if run.start < end and run.end > start)
 
     def extend_digests(self, block_size: int) -> Sequence[bytes]:
         """Digests of all full blocks of `token_ids`, computed once each."""

@@ -5,7 +5,13 @@ from dataclasses import dataclass
 
 from flexjudge_fast.engine.batch import Batch, Chunk
 from flexjudge_fast.engine.block_pool import BlockPool
-from flexjudge_fast.engine.prefix_cache import ROOT, PrefixCache, PrefixMatch, common_prefix_len
+from flexjudge_fast.engine.prefix_cache import (
+    ROOT,
+    BlockContent,
+    PrefixCache,
+    PrefixMatch,
+    common_prefix_len,
+)
 from flexjudge_fast.engine.request import Request
 
 
@@ -34,9 +40,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0  # of the prompt tokens, found in the prefix cache
-        self._pending: dict[
-            bytes, list[tuple[int, ...]]
-        ] = {}  # full blocks that this step computes, by parent
+        self._pending: dict[bytes, list[BlockContent]] = {}  # full blocks that this step computes, by parent
         self._copies: list[tuple[int, int]] = []
         self._chunks: list[Chunk] = []
 
@@ -110,7 +114,7 @@ class Scheduler:
             request.extend_digests(self.limits.block_size)
             for index in range(chunk.start // self.limits.block_size, chunk.end // self.limits.block_size):
                 content = request.block_content(index, self.limits.block_size)
-                self._pending.setdefault(content.parent, []).append(content.token_ids)
+                self._pending.setdefault(content.parent, []).append(content)
         return chunk.num_tokens
 
     def _make_room(self, request: Request, num_tokens: int) -> bool:
@@ -205,5 +209,9 @@ class Scheduler:
         return PrefixMatch(tuple(block_ids), partial, partial_len), parent, done
 
     def _is_pending(self, request: Request, parent: bytes, done: int, partial_len: int) -> bool:
-        rest = request.token_ids[done : min(done + self.limits.block_size, request.first_logit)]
-        return any(common_prefix_len(p, rest) > partial_len for p in self._pending.get(parent, ()))
+        end = done + self.limits.block_size
+        rest, media = request.token_ids[done : min(end, request.first_logit)], request.media_in(done, end)
+        return any(
+            content.media_keys == media and common_prefix_len(content.token_ids, rest) > partial_len
+            for content in self._pending.get(parent, ())
+        )

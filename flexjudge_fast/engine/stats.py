@@ -8,6 +8,7 @@ class EngineStats:
     """KV blocks now, queues now, and tokens since the engine was made.
 
     `num_forward_tokens` went through the model; `num_cached_tokens` of the prompts' tokens did not have to.
+    `num_encoded_media` images and videos were encoded; `num_cached_media` times one was found done.
     """
 
     num_blocks: int
@@ -20,6 +21,8 @@ class EngineStats:
     num_forward_tokens: int
     num_prompt_tokens: int
     num_cached_tokens: int
+    num_encoded_media: int = 0
+    num_cached_media: int = 0
 
     @property
     def hit_rate(self) -> float:

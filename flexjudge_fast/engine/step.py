@@ -58,7 +58,7 @@ class Stepper:
                 self.scheduler.remove(request)
 
     def stats(self) -> EngineStats:
-        scheduler = self.scheduler
+        scheduler, encoder = self.scheduler, self.runner.encoder
         return EngineStats(
             num_blocks=scheduler.pool.num_blocks,
             num_used_blocks=scheduler.pool.num_used,
@@ -70,6 +70,8 @@ class Stepper:
             num_forward_tokens=self.runner.num_forward_tokens,
             num_prompt_tokens=scheduler.num_prompt_tokens,
             num_cached_tokens=scheduler.num_cached_tokens,
+            num_encoded_media=0 if encoder is None else encoder.num_encoded,
+            num_cached_media=0 if encoder is None else encoder.cache.num_hits + encoder.cache.num_store_hits,
         )
 
     def _postprocess(self, batch: Batch, logits: torch.Tensor, finite: Sequence[bool]) -> None:

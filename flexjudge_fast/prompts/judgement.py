@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from flexjudge_fast.errors import InvalidArgumentError
-from flexjudge_fast.media.items import MEDIA_KINDS, MediaItem, MediaKind
+from flexjudge_fast.media.items import MEDIA_KINDS, MediaItem, MediaKind, MediaOptions
 from flexjudge_fast.prompts.formats import AnswerFormat, Kind, Scale
 
 Order = Literal["fixed", "both", "random"]
@@ -23,10 +23,14 @@ class Response:
     audio: object = None
     molecule: object = None
 
-    @property
-    def media(self) -> tuple[MediaItem, ...]:
+    def media(self, name: str) -> tuple[MediaItem, ...]:
+        """Its media; `name` is what the caller calls this response."""
         given = [(kind, getattr(self, kind)) for kind in MEDIA_KINDS]
-        return tuple(MediaItem(cast(MediaKind, kind), source) for kind, source in given if source is not None)
+        return tuple(
+            MediaItem(cast(MediaKind, kind), source, f"{name}.{kind}")
+            for kind, source in given
+            if source is not None
+        )
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,10 @@ class Judgement:
         seed, temperature, top_p: sampling. max_tokens: of reasoning and answer together.
         max_think_tokens: closes the reasoning after so many tokens; 0 answers at once.
         guided: "on" forces a legal answer; "off" leaves the model free.
-        images, videos, audios, molecules: media that belong to the question.
+        images, videos, audios, molecules: media that belong to the question; they stand before it.
+        max_pixels: most pixels of an image or of a video's frame; resize: (width, height) of every image and
+            frame, to whole patches; fps: frames per second taken of a video. The checkpoint's own if `None`.
+        allow_remote: fetch images from http(s) URLs.
         id: a name that the verdict carries.
 
     Raises:
@@ -70,6 +77,10 @@ class Judgement:
     videos: tuple[object, ...] = ()
     audios: tuple[object, ...] = ()
     molecules: tuple[object, ...] = ()
+    max_pixels: int | None = None
+    resize: tuple[int, int] | None = None
+    fps: float | None = None
+    allow_remote: bool = False
     id: str | None = None
 
     def __post_init__(self) -> None:
@@ -99,6 +110,18 @@ class Judgement:
             _integer("max_think_tokens", self.max_think_tokens, 0, 2**31)
         _number("temperature", self.temperature, 0, 1e6)
         _number("top_p", self.top_p, 1e-9, 1)
+        if self.max_pixels is not None:
+            _integer("max_pixels", self.max_pixels, 1, 2**31)
+        if self.fps is not None:
+            _number("fps", self.fps, 1e-3, 1e3)
+        if self.resize is not None:
+            if not isinstance(self.resize, list | tuple) or len(self.resize) != 2:
+                raise InvalidArgumentError(f"resize={self.resize!r}: a pair (width, height) is expected")
+            for side in self.resize:
+                _integer("resize", side, 1, 2**16)
+            object.__setattr__(self, "resize", tuple(self.resize))
+        if not isinstance(self.allow_remote, bool):
+            raise InvalidArgumentError(f"allow_remote={self.allow_remote!r}: True or False is expected")
         _ = self.format  # checks scale and number of responses
 
     @property
@@ -106,14 +129,28 @@ class Judgement:
         return AnswerFormat(self.kind, len(self.responses), Scale(*self.scale))
 
     @property
-    def media(self) -> tuple[MediaItem, ...]:
-        """Every medium, the question's own first."""
-        own = [
-            MediaItem(kind, source)
+    def own_media(self) -> tuple[MediaItem, ...]:
+        """The media that belong to the question."""
+        return tuple(
+            MediaItem(kind, source, f"{kind}s[{i}]")
             for kind in cast("tuple[MediaKind, ...]", MEDIA_KINDS)
-            for source in getattr(self, kind + "s")
-        ]
-        return (*own, *(item for r in self.responses if isinstance(r, Response) for item in r.media))
+            for i, source in enumerate(getattr(self, kind + "s"))
+        )
+
+    def response_media(self, index: int) -> tuple[MediaItem, ...]:
+        """The media of one response."""
+        response = self.responses[index]
+        return response.media(f"responses[{index}]") if isinstance(response, Response) else ()
+
+    @property
+    def media(self) -> tuple[MediaItem, ...]:
+        """Every medium: the question's own, then the responses' in order."""
+        given = (item for i in range(len(self.responses)) for item in self.response_media(i))
+        return (*self.own_media, *given)
+
+    @property
+    def media_options(self) -> MediaOptions:
+        return MediaOptions(self.max_pixels, self.resize, self.fps, self.allow_remote)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Judgement":
@@ -163,7 +200,7 @@ def _text(name: str, value: object) -> None:
 
 def _response(name: str, value: object) -> None:
     if isinstance(value, Response):
-        if value.text is None and not value.media:
+        if value.text is None and not value.media(name):
             raise InvalidArgumentError(f"{name}: it has neither text nor medium")
         if value.text is not None:
             _text(name, value.text)

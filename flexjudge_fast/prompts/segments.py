@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from flexjudge_fast.media.items import MediaItem
+from flexjudge_fast.media.prepared import MediaRun, PreparedMedia
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,34 @@ class Text:
 
 @dataclass(frozen=True)
 class Media:
-    """A medium; its placeholders are set by the model that reads it."""
+    """A medium that is still to be read."""
 
     item: MediaItem
 
 
-Segment = Scaffold | Text | Media
+@dataclass(frozen=True)
+class Placeholder:
+    """A medium that was read, as the model expects it: `pad` for each embedding, between two brackets."""
+
+    before: int
+    pad: int
+    after: int
+    media: PreparedMedia
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [self.before, *[self.pad] * self.media.num_tokens, self.after]
+
+
+Segment = Scaffold | Text | Media | Placeholder
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids, and where media stand among them, in order."""
+
+    token_ids: tuple[int, ...]
+    media: tuple[MediaRun, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.token_ids)

@@ -8,7 +8,8 @@ from typing import Any
 from tokenizers import Tokenizer as HFTokenizer
 
 from flexjudge_fast.errors import CheckpointError, PromptError, UnsupportedMediaError
-from flexjudge_fast.prompts.segments import Media, Scaffold, Segment
+from flexjudge_fast.media.prepared import MediaRun
+from flexjudge_fast.prompts.segments import Media, Placeholder, Prompt, Scaffold, Segment
 
 # What Unicode calls white space; str.strip() alone would also take the separators U+001C to U+001F.
 _WHITESPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
@@ -82,8 +83,8 @@ class Tokenizer:
                 raise PromptError(f"text yields the control token {self._whole.id_to_token(token_id)!r}")
         return ids
 
-    def encode_prompt(self, segments: Iterable[Segment]) -> list[int]:
-        """Ids of a prompt, equal to the ordinary way on harmless text.
+    def encode_prompt(self, segments: Iterable[Segment]) -> Prompt:
+        """A prompt's ids, equal to the ordinary way on harmless text, and where its media stand.
 
         Control tokens are found in `Scaffold` only. The ordinary text between two of them, whoever wrote
         it, is encoded as one string, because the tokenizer may merge over a segment's edge.
@@ -92,6 +93,7 @@ class Tokenizer:
             PromptError: see `encode_text`. UnsupportedMediaError: a segment is a medium.
         """
         ids: list[int] = []
+        media: list[MediaRun] = []
         plain: list[str] = []
         strip_left = False
 
@@ -106,6 +108,12 @@ class Tokenizer:
         for segment in segments:
             if isinstance(segment, Media):
                 raise UnsupportedMediaError(f"the loaded model reads text only, not {segment.item.kind}")
+            if isinstance(segment, Placeholder):
+                flush()
+                strip_left = False
+                media.append(MediaRun(len(ids) + 1, segment.media))
+                ids += segment.token_ids
+                continue
             if not isinstance(segment, Scaffold):
                 plain.append(segment.text)
                 continue
@@ -119,7 +127,7 @@ class Tokenizer:
                 at = match.end()
             plain.append(segment.text[at:])
         flush()
-        return ids
+        return Prompt(tuple(ids), tuple(media))
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token stands for; nothing for special tokens and unknown ids."""

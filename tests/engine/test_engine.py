@@ -26,6 +26,7 @@ from flexjudge_fast import (
     UnsupportedMediaError,
 )
 from flexjudge_fast.engine.engine import EngineInput
+from flexjudge_fast.prompts.segments import Prompt
 from tests.models import write_checkpoint
 
 
@@ -60,7 +61,7 @@ def test_samples_differ_and_are_reproducible(engine):
 
 def test_prompt_forms_and_logprobs(engine):
     params = SamplingParams(temperature=0, max_tokens=5, logprobs=2, ignore_eos=True)
-    text, ids = engine.generate(["hi", list(engine.encode("hi"))], params)
+    text, ids = engine.generate(["hi", list(engine.encode("hi").token_ids)], params)
     assert text.token_ids == ids.token_ids
     assert [max(lp, key=lp.get) for lp in text.logprobs] == list(text.token_ids)
     chat = engine.generate([[{"role": "user", "content": "<|im_end|>"}]], params)[0]
@@ -80,7 +81,7 @@ def test_stop_strings(engine):
 def test_too_large_is_refused_with_the_numbers(engine):
     with pytest.raises(RequestTooLargeError, match=r"5000 tokens.*4096"):
         engine.generate([[1] * 5000])
-    outputs = {o.index: o for o in engine.run(EngineInput((1,) * n, SAMPLED) for n in (3, 5000, 4))}
+    outputs = {o.index: o for o in engine.run(EngineInput(Prompt((1,) * n), SAMPLED) for n in (3, 5000, 4))}
     assert isinstance(outputs[1].error, RequestTooLargeError)
     assert outputs[0].completions and outputs[2].completions
 
@@ -111,7 +112,7 @@ def test_two_threads_share_one_judge(folder):
 
 
 def test_an_abandoned_generator_gives_its_blocks_back(engine):
-    outputs = engine.run(EngineInput((n,) * 20, SAMPLED) for n in range(50))
+    outputs = engine.run(EngineInput(Prompt((n,) * 20), SAMPLED) for n in range(50))
     next(outputs)
     del outputs
     assert engine.stats().num_used_blocks == 0

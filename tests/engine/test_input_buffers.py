@@ -10,7 +10,9 @@ from flexjudge_fast.engine.input_buffers import InputBuffers
 
 def chunk(start, count, blocks, length=100):
     """A chunk of a request whose token ids are 1000, 1001, ...; only its last token needs logits."""
-    request = SimpleNamespace(token_ids=list(range(1000, 1000 + length)), block_table=blocks, first_logit=0)
+    request = SimpleNamespace(
+        token_ids=list(range(1000, 1000 + length)), block_table=blocks, first_logit=0, media=()
+    )
     request.first_logit = start + count - 1
     return Chunk(request, start, count)
 

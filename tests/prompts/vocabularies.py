@@ -80,7 +80,7 @@ class Vocabulary:
     reference: Any
 
     def chat_ids(self, messages: list[dict[str, Any]]) -> list[int]:
-        return self.ours.encode_prompt(self.template.render(messages))
+        return list(self.ours.encode_prompt(self.template.render(messages)).token_ids)
 
     def reference_chat_ids(self, messages: list[dict[str, Any]]) -> list[int]:
         ids = self.reference.apply_chat_template(

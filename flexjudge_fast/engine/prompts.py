@@ -1,0 +1,104 @@
+"""Turns what a caller gives the engine into token ids, with media read and placed among them."""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexjudge_fast.engine.vision_input import VisionInput
+from flexjudge_fast.errors import InvalidArgumentError, UnsupportedMediaError
+from flexjudge_fast.media.items import MediaItem, MediaOptions
+from flexjudge_fast.media.prepared import PreparedMedia
+from flexjudge_fast.media.reader import MediaReader
+from flexjudge_fast.prompts.chat_template import ChatTemplate
+from flexjudge_fast.prompts.segments import Media, Prompt, Segment
+from flexjudge_fast.prompts.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+PromptLike = str | Sequence[int] | Sequence[Message] | Prompt
+
+
+class PromptEncoder:
+    """Knows the model's tokenizer, chat template and, where it reads media, how it wants them.
+
+    Args:
+        vocab_size: of the model; the tokenizer's may be smaller or larger.
+        vision, reader: both or neither.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        chat_template: ChatTemplate,
+        vocab_size: int,
+        vision: VisionInput | None = None,
+        reader: MediaReader | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._chat_template = chat_template
+        self._vocab_size = vocab_size
+        self._vision = vision
+        self._reader = reader
+
+    def encode(self, prompt: PromptLike) -> Prompt:
+        """See `Engine.encode`."""
+        if isinstance(prompt, Prompt):
+            return prompt
+        if isinstance(prompt, str):
+            encoded = Prompt(tuple(self._tokenizer.encode_raw(prompt)))
+        elif prompt and isinstance(prompt[0], Mapping):
+            segments = self._chat_template.render(prompt)
+            encoded = self._tokenizer.encode_prompt(map(self._read_segment, segments))
+        else:
+            encoded = Prompt(tuple(prompt))  # type: ignore[arg-type]
+        self._check(encoded)
+        return encoded
+
+    def read_media(self, items: Sequence[MediaItem], options: MediaOptions) -> "list[Future[PreparedMedia]]":
+        """See `Engine.read_media`."""
+        for item in items:
+            if self._vision is None or item.kind not in self._vision.kinds:
+                reads = "text only" if self._vision is None else f"text, {' and '.join(self._vision.kinds)}"
+                raise UnsupportedMediaError(
+                    f"{item.name or item.kind}: the loaded model reads {reads}, not {item.kind}"
+                )
+        return [] if self._reader is None else [self._reader.submit(item, options) for item in items]
+
+    def positions(self, prompt: Prompt) -> NDArray[np.int64] | None:
+        """M-RoPE positions [3, num_tokens] of a prompt with media; `None` where they are 0, 1, 2, ..."""
+        return self._vision.positions(prompt) if self._vision is not None and prompt.media else None
+
+    def close(self) -> None:
+        """End the threads and processes that read media."""
+        if self._reader is not None:
+            self._reader.close()
+
+    def _read_segment(self, segment: Segment) -> Segment:
+        """A medium's placeholder in its stead; `source` may have been read before."""
+        if not isinstance(segment, Media):
+            return segment
+        media = segment.item.source
+        if not isinstance(media, PreparedMedia):
+            (future,) = self.read_media([segment.item], MediaOptions())
+            media = future.result()
+        assert self._vision is not None
+        return self._vision.placeholder(media)
+
+    def _check(self, prompt: Prompt) -> None:
+        for token_id in prompt.token_ids:
+            if (
+                isinstance(token_id, bool)
+                or not isinstance(token_id, int)
+                or not 0 <= token_id < self._vocab_size
+            ):
+                raise InvalidArgumentError(f"prompt: {token_id!r} is not a token id below {self._vocab_size}")
+        if not prompt.token_ids:
+            raise InvalidArgumentError("prompt: it is empty")
+        if self._vision is not None:
+            placed = sum(run.media.num_tokens for run in prompt.media)
+            if sum(token_id in self._vision.pad_ids for token_id in prompt.token_ids) != placed:
+                raise InvalidArgumentError(
+                    "prompt: it holds a placeholder without a medium; give media in messages"
+                )
