@@ -3,13 +3,35 @@
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 
 import typer
 
+from flexjudge_fast.cli_options import (
+    AsJson,
+    Fps,
+    Images,
+    Instruction,
+    MaxPixels,
+    Model,
+    Order,
+    ResizeText,
+    ResponseImages,
+    Responses,
+    ResponseVideos,
+    Rubric,
+    ScaleText,
+    Seed,
+    Temperature,
+    ThinkTokens,
+    Videos,
+    Votes,
+    judgement_options,
+    with_media,
+)
 from flexjudge_fast.errors import CheckpointError, FlexJudgeError, InvalidArgumentError
 from flexjudge_fast.verdict import Verdict
 
@@ -18,26 +40,6 @@ if TYPE_CHECKING:
     from flexjudge_fast.prompts.judgement import Judgement
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-
-Model = Annotated[
-    str,
-    typer.Option(
-        "--model", "-m", envvar="FLEXJUDGE_MODEL", help="HF folder, hub id or .gguf; default: SmolLM2"
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
-Instruction = Annotated[str, typer.Argument(help="What was asked.")]
-Responses = Annotated[list[str], typer.Argument(help="What was answered.")]
-Rubric = Annotated[Optional[str], typer.Option(help="The criteria.")]  # noqa: UP045 - typer reads it
-ScaleText = Annotated[Optional[str], typer.Option("--scale", help="For instance 1-5, or 1.0-5.0.")]  # noqa: UP045
-Votes = Annotated[Optional[int], typer.Option(help="Sampled runs.")]  # noqa: UP045
-Order = Annotated[Optional[str], typer.Option(help="fixed, both or random.")]  # noqa: UP045
-Seed = Annotated[Optional[int], typer.Option(help="Seed of the draws.")]  # noqa: UP045
-Temperature = Annotated[Optional[float], typer.Option(help="0 is greedy.")]  # noqa: UP045
-ThinkTokens = Annotated[
-    Optional[int],  # noqa: UP045
-    typer.Option("--max-think-tokens", help="Close the reasoning after so many tokens; 0 answers at once."),
-]
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class _Call:
 @app.command()
 def score(
     instruction: Instruction,
-    response: Annotated[str, typer.Argument(help="The answer.")],
+    response: Annotated[Optional[str], typer.Argument(help="The answer.")] = None,  # noqa: UP045
     model: Model = "",
     as_json: AsJson = False,
     rubric: Rubric = None,
@@ -61,10 +63,19 @@ def score(
     seed: Seed = None,
     temperature: Temperature = None,
     max_think_tokens: ThinkTokens = None,
+    image: Images = None,
+    video: Videos = None,
+    response_image: ResponseImages = None,
+    response_video: ResponseVideos = None,
+    resize: ResizeText = None,
+    max_pixels: MaxPixels = None,
+    fps: Fps = None,
 ) -> None:
     """Score one response."""
-    call = _Call(model, as_json, _options(rubric, scale, votes, None, seed, temperature, max_think_tokens))
-    _judge_one("score", instruction, [response], call)
+    options = _checked(judgement_options, locals())
+    _judge_one(
+        "score", instruction, [response] if response is not None else [], _Call(model, as_json, options)
+    )
 
 
 def _command_for(kind: str, text: str) -> None:
@@ -72,7 +83,7 @@ def _command_for(kind: str, text: str) -> None:
 
     def command(
         instruction: Instruction,
-        responses: Responses,
+        responses: Responses = None,
         model: Model = "",
         as_json: AsJson = False,
         rubric: Rubric = None,
@@ -82,9 +93,16 @@ def _command_for(kind: str, text: str) -> None:
         seed: Seed = None,
         temperature: Temperature = None,
         max_think_tokens: ThinkTokens = None,
+        image: Images = None,
+        video: Videos = None,
+        response_image: ResponseImages = None,
+        response_video: ResponseVideos = None,
+        resize: ResizeText = None,
+        max_pixels: MaxPixels = None,
+        fps: Fps = None,
     ) -> None:
-        options = _options(rubric, scale, votes, order, seed, temperature, max_think_tokens)
-        _judge_one(kind, instruction, responses, _Call(model, as_json, options))
+        options = _checked(judgement_options, locals())
+        _judge_one(kind, instruction, responses or [], _Call(model, as_json, options))
 
     app.command({"pair": "compare", "rank": "rank", "choice": "choose"}[kind], help=text)(command)
 
@@ -109,10 +127,14 @@ def run(
     seed: Seed = None,
     temperature: Temperature = None,
     max_think_tokens: ThinkTokens = None,
+    resize: ResizeText = None,
+    max_pixels: MaxPixels = None,
+    fps: Fps = None,
     resume: Annotated[bool, typer.Option(help="Keep the verdicts that are there, judge the rest.")] = False,
 ) -> None:
     """Judge every line of a file; a verdict is on disk as soon as it is reached."""
-    options = _options(rubric, scale, votes, order, seed, temperature, max_think_tokens)
+    options = _checked(judgement_options, locals())
+    del options["response_media"]
     lines = _read_lines(file)
     done = _finished(out) if resume else set()
     todo = [i for i in range(len(lines)) if i not in done]
@@ -195,39 +217,20 @@ def quantize_model(
     print(f"{out}: {num_bytes / 1e6:.0f} MB of weights ({to})")
 
 
-def _options(
-    rubric: str | None,
-    scale: str | None,
-    votes: int | None,
-    order: str | None,
-    seed: int | None,
-    temperature: float | None,
-    max_think_tokens: int | None,
-) -> dict[str, Any]:
-    """The options that were given; the others keep `Judgement`'s defaults."""
-    given = {
-        "rubric": rubric,
-        "votes": votes,
-        "order": order,
-        "seed": seed,
-        "temperature": temperature,
-        "max_think_tokens": max_think_tokens,
-    }
-    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    if scale is not None:
-        try:
-            low, high = scale.split("-")
-            options["scale"] = (float(low), float(high)) if "." in scale else (int(low), int(high))
-        except ValueError:
-            _fail(InvalidArgumentError(f"--scale {scale!r}: write it like 1-5 or 1.0-5.0"))
-    return options
+def _checked(read: Callable[[dict[str, Any]], dict[str, Any]], given: dict[str, Any]) -> dict[str, Any]:
+    """Options read, or a message and the end."""
+    try:
+        return read(given)
+    except InvalidArgumentError as error:
+        _fail(error)
 
 
-def _judge_one(kind: str, instruction: str, responses: list[str], call: _Call) -> None:
+def _judge_one(kind: str, instruction: str, texts: list[str], call: _Call) -> None:
     from flexjudge_fast.prompts.judgement import Judgement
 
     try:
         # Checked before the model loads: a wrong argument should not cost the wait.
+        responses = with_media(texts, call.options.pop("response_media"))
         judgement = Judgement.from_dict(
             {"kind": kind, "instruction": instruction, "responses": responses, **call.options}
         )

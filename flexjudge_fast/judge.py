@@ -1,15 +1,18 @@
 """The judge: instructions and responses in, verdicts out."""
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from flexjudge_fast.engine.completion import Completion
 from flexjudge_fast.engine.engine import Engine, EngineInput, EngineOutput
 from flexjudge_fast.engine.sampling_params import SamplingParams
-from flexjudge_fast.errors import FlexJudgeError, InvalidArgumentError, UnsupportedMediaError
+from flexjudge_fast.errors import FlexJudgeError, InvalidArgumentError
+from flexjudge_fast.media.prepared import PreparedMedia
 from flexjudge_fast.prompts.builder import build_messages
 from flexjudge_fast.prompts.formats import Kind
 from flexjudge_fast.prompts.grammar import AnswerGrammar
@@ -20,6 +23,8 @@ from flexjudge_fast.verdict import Provenance, Usage, Verdict, VerdictTimings
 
 ResponseLike = str | Response
 Stream = Callable[["TextEvent"], None]
+_Reading = Callable[[], Mapping[str, PreparedMedia]]  # waits for a judgement's media
+_MEDIA_AHEAD = 8  # judgements whose media are read before they are needed
 
 
 @dataclass(frozen=True)
@@ -158,9 +163,9 @@ class Judge:
 
         def inputs() -> Iterator[EngineInput | Exception]:
             count = 0
-            for index, judgement in enumerate(judgements):
+            for index, judgement, reading in self._read_ahead(judgements):
                 try:
-                    opened, items = self._inputs(judgement, index)
+                    opened, items = self._inputs(judgement, index, reading())
                 except FlexJudgeError as error:
                     opened, items = _Open(index, judgement, self.template, [()]), [error]
                 for place, item in enumerate(items):
@@ -183,15 +188,32 @@ class Judge:
         finally:
             outputs.close()  # type: ignore[attr-defined]
 
-    def _inputs(self, judgement: Judgement, index: int = 0) -> tuple[_Open, list[EngineInput | Exception]]:
-        """The engine inputs of a judgement, one per order of its responses."""
-        if not isinstance(judgement, Judgement):
-            raise InvalidArgumentError(
-                f"judgement {index}: expected a Judgement, got {type(judgement).__name__}"
-            )
-        if judgement.media:
-            kinds = ", ".join(sorted({item.kind for item in judgement.media}))
-            raise UnsupportedMediaError(f"the loaded model reads text only; the judgement holds: {kinds}")
+    def _read_ahead(self, judgements: Iterable[Judgement]) -> Iterator[tuple[int, Judgement, "_Reading"]]:
+        """Judgements with their media; those of the next few are read in threads meanwhile."""
+        ahead: deque[tuple[int, Judgement, _Reading]] = deque()
+        for index, judgement in enumerate(judgements):
+            ahead.append((index, judgement, self._start_reading(judgement, index)))
+            # One without media is not held back: its caller may wait for the verdict before the next.
+            while ahead and (len(ahead) > _MEDIA_AHEAD or not getattr(ahead[0][1], "media", ())):
+                yield ahead.popleft()
+        yield from ahead
+
+    def _start_reading(self, judgement: Judgement, index: int) -> "_Reading":
+        try:
+            if not isinstance(judgement, Judgement):
+                raise InvalidArgumentError(
+                    f"judgement {index}: expected a Judgement, got {type(judgement).__name__}"
+                )
+            items = judgement.media
+            futures = self.engine.read_media(items, judgement.media_options) if items else []
+        except FlexJudgeError as error:
+            return partial(_raise, error)
+        return lambda: {item.name: future.result() for item, future in zip(items, futures, strict=True)}
+
+    def _inputs(
+        self, judgement: Judgement, index: int = 0, media: Mapping[str, PreparedMedia] | None = None
+    ) -> tuple[_Open, list[EngineInput | Exception]]:
+        """The engine inputs of a judgement, one per order of its responses. `media`: read, by name."""
         template = self._template(judgement)
         answer_format = judgement.format
         grammar = None
@@ -211,10 +233,10 @@ class Judge:
             n=judgement.votes,
             max_tokens=judgement.max_tokens,
         )
-        orders = _orders(judgement)
+        orders = _orders(judgement, media or {})
         items: list[EngineInput | Exception] = []
         for order in orders:
-            prompt = self.engine.encode(build_messages(judgement, template, order))
+            prompt = self.engine.encode(build_messages(judgement, template, order, media))
             items.append(EngineInput(prompt, params, grammar))
         return _Open(index, judgement, template, orders), items
 
@@ -251,17 +273,23 @@ class Judge:
         return tally(judgement, votes, usage, _timings(completions), provenance, opened.index)
 
 
-def _orders(judgement: Judgement) -> list[tuple[int, ...]]:
+def _orders(judgement: Judgement, media: Mapping[str, PreparedMedia]) -> list[tuple[int, ...]]:
     """The orders in which the model sees the responses."""
     fixed = tuple(range(len(judgement.responses)))
     if len(fixed) == 1 or judgement.order == "fixed":
         return [fixed]
     if judgement.order == "both":
         return [fixed, fixed[::-1]]
-    shuffled = list(fixed)
     # Keyed by content, so that a judgement's order does not depend on its place in a run.
-    random.Random(f"{judgement.seed}/{judgement.instruction}/{judgement.responses!r}").shuffle(shuffled)
+    texts = [r.text if isinstance(r, Response) else r for r in judgement.responses]
+    content = f"{judgement.seed}/{judgement.instruction}/{texts!r}/{[m.key for m in media.values()]!r}"
+    shuffled = list(fixed)
+    random.Random(content).shuffle(shuffled)
     return [tuple(shuffled)]
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
 
 
 def _timings(completions: Sequence[Completion]) -> VerdictTimings:

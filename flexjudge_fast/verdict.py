@@ -28,13 +28,17 @@ class VerdictTimings:
 
 @dataclass(frozen=True)
 class Provenance:
-    """What is needed to get the same verdict again."""
+    """What is needed to get the same verdict again.
+
+    `arithmetic`: instruction set, activations before quantised products, and the KV cache's dtype.
+    """
 
     model: str = ""
     weights_hash: str = ""
     template: str = ""
     seed: int = 0
     dtype: str = ""
+    arithmetic: str = ""
     engine_version: str = ""
 
 

@@ -7,15 +7,25 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from flexjudge_fast import Verdict
-from tests.models import write_checkpoint
+from tests.models import write_checkpoint, write_vision_checkpoint
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     write_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vision_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli-vision")
+    write_vision_checkpoint(folder)
+    for name, color in (("a.png", "red"), ("b.png", "blue")):
+        Image.new("RGB", (84, 56), color).save(folder / name)
     return folder
 
 
@@ -151,3 +161,39 @@ def test_quantize_keeps_a_gguf(smollm2_path, tmp_path):
     answers = [json.loads(flexjudge(*ask, "--model", m).stdout) for m in (smollm2_path, tmp_path / "out")]
     assert answers[0]["score_probs"] == answers[1]["score_probs"]
     assert answers[0]["reasoning"] == answers[1]["reasoning"]
+
+
+def test_images_of_the_question_and_of_the_responses(vision_model):
+    a, b = vision_model / "a.png", vision_model / "b.png"
+    common = ("--json", "--model", vision_model, "--max-think-tokens", 0)
+    done = flexjudge("compare", "--image", a, "--image", b, "Q", "A", "B", *common)
+    assert json.loads(done.stdout)["finish_reason"] == "answer"
+    media = ("--response-image", a, "--response-image", b, "--resize", "112x112")
+    two = json.loads(flexjudge("compare", "Draw.", *media, *common).stdout)
+    assert two["usage"]["prompt"] > 2 * 16
+    one = json.loads(flexjudge("score", "Draw.", "A caption", "--response-image", a, *common).stdout)
+    assert one["kind"] == "score"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("compare", "Q", "A", "B", "--response-image", "a.png"), "2 response texts, 1 image"),
+        (("compare", "Q", "A", "B", "--image", "/no/such.png"), "images[0]"),
+        (("compare", "Q", "A", "B", "--resize", "big"), "write it like 448x448"),
+        (("score", "Q"), "responses"),
+    ],
+)
+def test_mistakes_with_media(vision_model, args, message):
+    done = flexjudge(*args, "--model", vision_model)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_a_quantised_vision_language_model(vision_model, tmp_path):
+    """Its layers are quantised, its tower is not; pictures are read as before."""
+    assert flexjudge("quantize", vision_model, tmp_path / "q", "--to", "int8").returncode == 0
+    done = flexjudge(
+        "score", "Q", "A", "--image", vision_model / "a.png", "--json", "--model", tmp_path / "q"
+    )
+    assert json.loads(done.stdout)["finish_reason"] == "answer"

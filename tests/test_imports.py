@@ -8,6 +8,7 @@ import flexjudge_fast
 # Top to bottom. A module may import from its own layer and from those below.
 LAYERS = (
     "cli",
+    "cli_options",
     "judge",
     "progress",
     "tally",

@@ -55,7 +55,7 @@ def test_score_probs_are_the_models_own(judge):
     from flexjudge_fast.prompts.builder import build_messages
 
     judgement = Judgement("score", "Q", ("A",), max_think_tokens=0)
-    prompt = list(engine.encode(build_messages(judgement, judge.template, (0,))))
+    prompt = list(engine.encode(build_messages(judgement, judge.template, (0,))).token_ids)
     base = prompt + engine.tokenizer.encode_text("<answer>")
     digit = {d: engine.tokenizer.encode_text(d)[0] for d in "0123456789"}
     first = engine.logits(base)[-1].double()
@@ -90,7 +90,9 @@ def test_both_orders_recompute_only_behind_the_first_difference(judge):
     from flexjudge_fast.prompts.builder import build_messages
 
     judgement = Judgement("pair", "another question", ("first answer", "second answer"))
-    orders = [judge.engine.encode(build_messages(judgement, judge.template, o)) for o in ((0, 1), (1, 0))]
+    orders = [
+        judge.engine.encode(build_messages(judgement, judge.template, o)).token_ids for o in ((0, 1), (1, 0))
+    ]
     shared = next(i for i, (a, b) in enumerate(zip(*orders, strict=False)) if a != b)
     fresh = Judge(judge.engine)
     before = judge.engine.stats().num_cached_tokens
