@@ -30,6 +30,17 @@ def smollm2_path() -> Path:
 
 
 @pytest.fixture(scope="session")
+def smollm2_folder(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2 with the same weights in a folder, which loads five times as fast as the .gguf."""
+    from flexjudge_fast.weights.checkpoint import open_checkpoint
+    from flexjudge_fast.weights.quantized_folder import write_folder
+
+    folder = tmp_path_factory.mktemp("smollm2") / "kept"
+    write_folder(open_checkpoint(smollm2_path), folder, None)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def qwen05b_path() -> Path:
     path = _model("qwen2.5-0.5b-q4_k_m.gguf")
     if path is None:

@@ -1,5 +1,6 @@
 """Tiny random checkpoints in the published layout, written by transformers."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,23 @@ ROPES: dict[str, dict[str, Any]] = {
 }
 
 
-def write_tokenizer(folder: Path) -> None:
-    """A byte-level BPE without merges, and three control tokens."""
+# As Qwen2.5-VL-7B-Instruct publishes it.
+PREPROCESSOR: dict[str, Any] = {
+    "min_pixels": 3136,
+    "max_pixels": 12845056,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "processor_class": "Qwen2_5_VLProcessor",
+}
+VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+
+
+def write_tokenizer(folder: Path, more: tuple[str, ...] = ()) -> None:
+    """A byte-level BPE without merges, three control tokens (ids 256 to 258) and `more`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -39,7 +55,7 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|endoftext|>", *more])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
@@ -89,6 +105,78 @@ def write_checkpoint(
     model.save_pretrained(folder, max_shard_size=shard)
     write_tokenizer(folder)
     return model
+
+
+def write_vision_checkpoint(
+    folder: Path,
+    tied: bool = False,
+    shard: str = "5GB",
+    seed: int = 0,
+    new_names: bool = False,
+    **vision: Any,
+) -> Any:
+    """Write a random Qwen2.5-VL and return it, in float32 and eval mode.
+
+    `new_names`: tensor names with the newer prefixes; transformers 5 writes the older ones.
+    """
+    import transformers
+
+    torch.manual_seed(seed)
+    config = transformers.Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": VOCAB,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 4096,
+            "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+            "tie_word_embeddings": tied,
+            "initializer_range": 0.15,
+            "bos_token_id": None,
+            "eos_token_id": 257,
+        },
+        vision_config={
+            "depth": 4,
+            "hidden_size": 48,
+            "intermediate_size": 52,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "fullatt_block_indexes": [1, 3],
+            "tokens_per_second": 2,
+            "initializer_range": 0.15,
+            **vision,
+        },
+        image_token_id=262,
+        video_token_id=263,
+        vision_start_token_id=259,
+        vision_end_token_id=260,
+        tie_word_embeddings=tied,
+    )
+    model = transformers.Qwen2_5_VLForConditionalGeneration(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.eval()
+    model.save_pretrained(folder, max_shard_size=shard)
+    write_tokenizer(folder, VISION_TOKENS)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    if new_names:
+        _rename_tensors(folder)
+    return model
+
+
+def _rename_tensors(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    (path,) = folder.glob("*.safetensors")
+    prefixes = {"visual.": "model.visual.", "model.": "model.language_model.", "lm_head.": "lm_head."}
+    renamed = {}
+    for name, tensor in load_file(path).items():
+        old = next(prefix for prefix in prefixes if name.startswith(prefix))
+        renamed[prefixes[old] + name.removeprefix(old)] = tensor
+    save_file(renamed, path, {"format": "pt"})
 
 
 def greedy(model: Any, prompt: list[int], count: int) -> list[int]:

@@ -7,6 +7,7 @@ from flexjudge_fast import Engine
 from flexjudge_fast.engine.engine import EngineInput
 from flexjudge_fast.engine.sampling_params import SamplingParams
 from flexjudge_fast.ops.backend import has_compiled_ops
+from flexjudge_fast.prompts.segments import Prompt
 from flexjudge_fast.weights.quantization import QUANTIZATIONS
 from tests.models import write_checkpoint
 
@@ -31,10 +32,10 @@ def logits(path, **limits) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("activations", ["int16", "int8"])
-def test_chunks_and_threads_quantised(smollm2_path, activations):
-    want = logits(smollm2_path, activations=activations)
+def test_chunks_and_threads_quantised(smollm2_folder, activations):
+    want = logits(smollm2_folder, activations=activations)
     for chunk, threads in ((1, 1), (5, 2), (64, 3)):
-        got = logits(smollm2_path, activations=activations, max_batched_tokens=chunk, num_threads=threads)
+        got = logits(smollm2_folder, activations=activations, max_batched_tokens=chunk, num_threads=threads)
         assert torch.equal(got, want)
 
 
@@ -62,14 +63,14 @@ def test_chunks_blocks_and_threads_dense(tiny_folder, block_size, kv_cache_dtype
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
-def test_beside_others_and_with_a_warm_cache(smollm2_path, kv_cache_dtype):
+def test_beside_others_and_with_a_warm_cache(smollm2_folder, kv_cache_dtype):
     engine = Engine.from_pretrained(
-        smollm2_path, max_model_len=512, kv_cache_memory="256MiB", kv_cache_dtype=kv_cache_dtype
+        smollm2_folder, max_model_len=512, kv_cache_memory="256MiB", kv_cache_dtype=kv_cache_dtype
     )
     params = SamplingParams(max_tokens=1)
     alone = engine.logits(PROMPT)
     others = [PROMPT[:150] + [9, 8, 7] * i for i in range(1, 12)]
-    inputs = [EngineInput(tuple(p), params, all_logits=True) for p in [*others, PROMPT]]
+    inputs = [EngineInput(Prompt(tuple(p)), params, all_logits=True) for p in [*others, PROMPT]]
     outputs = {o.index: o.logits for o in engine.run(inputs)}
     assert torch.equal(outputs[len(others)], alone)
     for i in (0, 5, 10):

@@ -7,6 +7,7 @@ import torch
 
 from flexjudge_fast import Engine, SamplingParams
 from flexjudge_fast.engine.engine import EngineInput
+from flexjudge_fast.prompts.segments import Prompt
 from tests.models import VOCAB, greedy, write_checkpoint
 
 CASES = {
@@ -93,7 +94,7 @@ def test_logits_after_preemption(tiny):
     engine = Engine.from_pretrained(
         folder, kv_cache_memory=tight, max_batched_tokens=48, prefix_caching=False
     )
-    inputs = [EngineInput(tuple(p), SamplingParams(max_tokens=1), all_logits=True) for p in batch]
+    inputs = [EngineInput(Prompt(tuple(p)), SamplingParams(max_tokens=1), all_logits=True) for p in batch]
     outputs = {o.index: o.logits for o in engine.run(inputs)}
     for i, prompt in enumerate(batch):
         with torch.inference_mode():
