@@ -21,6 +21,7 @@ from bench.parts import QWEN_15B, Plan, find_model, qwen, seven, smollm2
 from bench.plot import write_plot
 from bench.report import as_json, show_bars, show_ops, show_rows, write_json
 from bench.rounds import Row
+from bench.vision import measure_encoding, measure_judging
 from flexjudge_fast.cli import default_model
 
 RESULTS = Path(__file__).parent / "results"
@@ -80,6 +81,17 @@ def loading(plan: Plan) -> list[Row]:
     return measure_loading(Path(default_model()), plan.threads, plan.rounds)
 
 
+def vision(plan: Plan) -> list[Row]:
+    """One round: transformers takes minutes for an image where the processor has no bfloat16."""
+    if plan.quick:
+        raise MissingError("left out by --quick")
+    return measure_encoding(plan.threads, 1)
+
+
+def judge_vision(plan: Plan) -> list[Row]:
+    return measure_judging(plan.threads, min(plan.rounds, 3))
+
+
 PARTS: dict[str, Callable[[Plan], list[Row]]] = {
     "ceilings": ceilings,
     "loading": loading,
@@ -88,6 +100,8 @@ PARTS: dict[str, Callable[[Plan], list[Row]]] = {
     "qwen": qwen,
     "7b": seven,
     "judge-qwen": judge_large,
+    "vision": vision,
+    "judge-vision": judge_vision,
 }
 
 

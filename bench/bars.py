@@ -97,6 +97,12 @@ def _bars(rows: Sequence[Row], setting: str) -> list[Bar]:
     bar("7B prefill: llama.cpp", 2.0, seven.of(ours, "prefill 128"), seven.of(beside, "prefill 128"))
     bar("7B batch 8: our own batch 1", 5.0, seven.of(ours, eight), seven.of(ours, one))
 
+    if setting == SETTINGS[0]:  # a tower's weights are plain: both settings are the same
+        eye, image = Medians(rows, "vision"), "encode 448x448"
+        peak = eye.of("ceiling: bf16", image) or eye.of("ceiling: fp32", image)
+        bar("vision tower: transformers bf16", 1.5, eye.of("ours", image), eye.of("transformers", image))
+        bar("vision tower: share of the bf16 peak (fp32 without bf16)", 0.6, eye.of("ours", image), peak)
+
     for part, label in (("judge smollm2", "SmolLM2"), ("judge qwen", "1.5B")):
         judge = Medians(rows, part)
         mine, alone = (
