@@ -168,10 +168,12 @@ def info(
     """What a checkpoint holds, and whether it can be loaded. Reads no weights."""
     try:
         from flexjudge_fast.models.config import read_decoder_config
+        from flexjudge_fast.models.vision_config import read_vision_config
         from flexjudge_fast.weights.checkpoint import open_checkpoint
 
         checkpoint = open_checkpoint(model or default_model())
         config = read_decoder_config(checkpoint.config)
+        vision = read_vision_config(checkpoint.config)
         facts = {
             "path": str(checkpoint.path),
             "architecture": config.architecture,
@@ -181,6 +183,7 @@ def info(
             "vocabulary": config.vocab_size,
             "context": config.max_positions,
             "rope": config.rope.rope_type,
+            "reads": "text" if vision is None else "text, image, video",
             "tensors": len(checkpoint.tensor_names()),
             "bytes": sum(path.stat().st_size for path in checkpoint.weight_files()),
             "chat_template": bool(checkpoint.tokenizer_config.get("chat_template")),

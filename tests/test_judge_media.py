@@ -96,6 +96,25 @@ def test_one_image_in_many_judgements_is_encoded_once(judge):
     assert judge.engine.stats().num_encoded_media == 1
 
 
+def test_few_large_media_are_held_at_once(judge, monkeypatch):
+    """Inputs are drawn while their pixels fit, however wide the window is; and all are judged."""
+    from flexjudge_fast.engine import engine as module
+
+    one = picture(0).width * picture(0).height * 3
+    monkeypatch.setattr(module, "_MOST_MEDIA_BYTES", 3 * one)
+    held = []
+    submit = Engine._submit
+
+    def watched(self, run, index, item):
+        submit(self, run, index, item)
+        held.append(sum(run.media_bytes.values()))
+
+    monkeypatch.setattr(Engine, "_submit", watched)
+    items = [Judgement("score", "Q", ("A",), images=(picture(i),), **QUICK) for i in range(12)]
+    assert len(list(judge.run(items))) == 12
+    assert max(held) == 3 * one
+
+
 def test_images_of_a_batch_are_encoded_together(judge, monkeypatch):
     tower = judge.engine._parts.runner.encoder.tower
     groups = []

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 TextCallback = Callable[[int, int, str], None]
 
 
+_MOST_MEDIA_BYTES = 512 << 20  # pixels of one call's inputs, before no more are drawn
+
+
 @dataclass(frozen=True)
 class EngineInput:
     """One prompt for `Engine.run`, how to sample, and the grammar of the answer, if any."""
@@ -58,9 +61,15 @@ class _Run:
     """What one call of `Engine.run` has in flight."""
 
     open: dict[int, list[Request]] = field(default_factory=dict)  # finished samples, by input index
+    media_bytes: dict[int, int] = field(default_factory=dict)  # pixels that open inputs hold
     requests: dict[int, tuple[int, Request]] = field(default_factory=dict)  # not yet given out, by id
     outputs: deque[EngineOutput] = field(default_factory=deque)
     emitted: dict[tuple[int, int], tuple[codecs.IncrementalDecoder, int]] = field(default_factory=dict)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another input may be drawn: long videos take hundreds of megabytes each."""
+        return sum(self.media_bytes.copy().values()) < _MOST_MEDIA_BYTES
 
 
 class Engine:
@@ -201,7 +210,7 @@ class Engine:
         exhausted = False
         try:
             while True:
-                while not exhausted and len(run.open) + len(run.outputs) < window:
+                while not exhausted and len(run.open) + len(run.outputs) < window and run.has_room:
                     entry = next(source, None)
                     exhausted = entry is None
                     if entry is not None:
@@ -301,6 +310,7 @@ class Engine:
                 samples=params.n,
             )
             run.open[index] = []
+            run.media_bytes[index] = sum(m.media.frames.nbytes for m in item.prompt.media)
             self._track(run, index, request)
             parts.scheduler.add(request)
 
@@ -328,6 +338,7 @@ class Engine:
             completions = tuple(complete(r) for r in samples)
             error = next((c.error for c in completions if c.error is not None), None)
             run.outputs.append(EngineOutput(index, completions, error, logits))
+            del run.media_bytes[index]
             del run.open[index]  # last: the waiting thread, which holds no lock, looks here first
 
     def _step(self) -> None:

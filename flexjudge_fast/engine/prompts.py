@@ -50,7 +50,7 @@ class PromptEncoder:
             encoded = Prompt(tuple(self._tokenizer.encode_raw(prompt)))
         elif prompt and isinstance(prompt[0], Mapping):
             segments = self._chat_template.render(prompt)
-            encoded = self._tokenizer.encode_prompt(map(self._read_segment, segments))
+            encoded = self._tokenizer.encode_prompt(self._read_segments(segments))
         else:
             encoded = Prompt(tuple(prompt))  # type: ignore[arg-type]
         self._check(encoded)
@@ -75,16 +75,20 @@ class PromptEncoder:
         if self._reader is not None:
             self._reader.close()
 
-    def _read_segment(self, segment: Segment) -> Segment:
-        """A medium's placeholder in its stead; `source` may have been read before."""
-        if not isinstance(segment, Media):
-            return segment
-        media = segment.item.source
-        if not isinstance(media, PreparedMedia):
-            (future,) = self.read_media([segment.item], MediaOptions())
-            media = future.result()
-        assert self._vision is not None
-        return self._vision.placeholder(media)
+    def _read_segments(self, segments: Sequence[Segment]) -> list[Segment]:
+        """Placeholders in place of media, which are read side by side unless they have been read before."""
+        reading: dict[int, Future[PreparedMedia]] = {}
+        for i, segment in enumerate(segments):
+            if isinstance(segment, Media) and not isinstance(segment.item.source, PreparedMedia):
+                (reading[i],) = self.read_media([segment.item], MediaOptions())
+        found: list[Segment] = []
+        for i, segment in enumerate(segments):
+            if isinstance(segment, Media):
+                media = reading[i].result() if i in reading else segment.item.source
+                assert self._vision is not None and isinstance(media, PreparedMedia)
+                segment = self._vision.placeholder(media)
+            found.append(segment)
+        return found
 
     def _check(self, prompt: Prompt) -> None:
         for token_id in prompt.token_ids:

@@ -211,6 +211,21 @@ def test_layouts(tmp_path, options):
     assert list(engine.generate([CASES["mixed"]], GREEDY)[0].token_ids) == tokens
 
 
+def test_the_example_checkpoint(tmp_path):
+    """What `examples/make_tiny_vl.py` writes is what transformers reads."""
+    import runpy
+    from pathlib import Path
+
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    script = Path(__file__).parents[2] / "examples" / "make_tiny_vl.py"
+    runpy.run_path(str(script))["write"](tmp_path)
+    oracle = Oracle(Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path).eval())
+    engine = Engine.from_pretrained(tmp_path, kv_cache_memory="64MiB")
+    logits, _ = oracle.answer(engine.encode(CASES["mixed"]), images_of(CASES["mixed"]), 1)
+    assert (engine.logits(CASES["mixed"]) - logits).abs().max() < 1e-4
+
+
 def test_a_head_of_80_and_many_layers(tmp_path):
     """The published head size, and full attention in some of more layers."""
     wide = {"depth": 6, "hidden_size": 160, "fullatt_block_indexes": [2, 5]}
