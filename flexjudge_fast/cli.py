@@ -12,13 +12,16 @@ import typer
 
 from flexjudge_fast.cli_options import (
     AsJson,
+    Audios,
     Fps,
+    Hear,
     Images,
     Instruction,
     MaxPixels,
     Model,
     Order,
     ResizeText,
+    ResponseAudios,
     ResponseImages,
     Responses,
     ResponseVideos,
@@ -65,8 +68,11 @@ def score(
     max_think_tokens: ThinkTokens = None,
     image: Images = None,
     video: Videos = None,
+    audio: Audios = None,
     response_image: ResponseImages = None,
     response_video: ResponseVideos = None,
+    response_audio: ResponseAudios = None,
+    use_audio_in_video: Hear = False,
     resize: ResizeText = None,
     max_pixels: MaxPixels = None,
     fps: Fps = None,
@@ -95,8 +101,11 @@ def _command_for(kind: str, text: str) -> None:
         max_think_tokens: ThinkTokens = None,
         image: Images = None,
         video: Videos = None,
+        audio: Audios = None,
         response_image: ResponseImages = None,
         response_video: ResponseVideos = None,
+        response_audio: ResponseAudios = None,
+        use_audio_in_video: Hear = False,
         resize: ResizeText = None,
         max_pixels: MaxPixels = None,
         fps: Fps = None,
@@ -127,6 +136,7 @@ def run(
     seed: Seed = None,
     temperature: Temperature = None,
     max_think_tokens: ThinkTokens = None,
+    use_audio_in_video: Hear = False,
     resize: ResizeText = None,
     max_pixels: MaxPixels = None,
     fps: Fps = None,
@@ -167,13 +177,12 @@ def info(
 ) -> None:
     """What a checkpoint holds, and whether it can be loaded. Reads no weights."""
     try:
-        from flexjudge_fast.models.config import read_decoder_config
-        from flexjudge_fast.models.vision_config import read_vision_config
+        from flexjudge_fast.models.config import model_config, read_decoder_config
         from flexjudge_fast.weights.checkpoint import open_checkpoint
 
         checkpoint = open_checkpoint(model or default_model())
-        config = read_decoder_config(checkpoint.config)
-        vision = read_vision_config(checkpoint.config)
+        run_config = model_config(checkpoint.config)
+        config = read_decoder_config(run_config)
         facts = {
             "path": str(checkpoint.path),
             "architecture": config.architecture,
@@ -183,7 +192,7 @@ def info(
             "vocabulary": config.vocab_size,
             "context": config.max_positions,
             "rope": config.rope.rope_type,
-            "reads": "text" if vision is None else "text, image, video",
+            "reads": _reads(run_config),
             "tensors": len(checkpoint.tensor_names()),
             "bytes": sum(path.stat().st_size for path in checkpoint.weight_files()),
             "chat_template": bool(checkpoint.tokenizer_config.get("chat_template")),
@@ -191,6 +200,16 @@ def info(
     except (FlexJudgeError, OSError) as error:
         _fail(error)
     print(json.dumps(facts) if as_json else "\n".join(f"{name:14} {value}" for name, value in facts.items()))
+
+
+def _reads(config: dict[str, Any]) -> str:
+    from flexjudge_fast.models.audio_config import read_audio_config
+    from flexjudge_fast.models.vision_config import read_vision_config
+
+    kinds = ["text"]
+    kinds += [] if read_vision_config(config) is None else ["image", "video"]
+    kinds += [] if read_audio_config(config) is None else ["audio"]
+    return ", ".join(kinds)
 
 
 @app.command("quantize")
@@ -203,7 +222,7 @@ def quantize_model(
     force: Annotated[bool, typer.Option(help="Replace a folder that is there.")] = False,
 ) -> None:
     """Quantise a model once, into a folder that loads fast. A .gguf is kept as quantised: --to keep."""
-    from flexjudge_fast.models.config import read_decoder_config
+    from flexjudge_fast.models.config import model_config, read_decoder_config
     from flexjudge_fast.weights.checkpoint import open_checkpoint
     from flexjudge_fast.weights.quantization import QUANTIZATIONS, find_quantization
     from flexjudge_fast.weights.quantized_folder import write_folder
@@ -213,7 +232,7 @@ def quantize_model(
         if scheme is None and to != "keep":
             raise InvalidArgumentError(f"--to {to!r}: must be one of {', '.join(QUANTIZATIONS)}, keep")
         checkpoint = open_checkpoint(model)
-        read_decoder_config(checkpoint.config)  # refuses what could not be loaded again
+        read_decoder_config(model_config(checkpoint.config))  # refuses what could not be loaded again
         num_bytes = write_folder(checkpoint, out, scheme, force)
     except (FlexJudgeError, OSError) as error:
         _fail(error)

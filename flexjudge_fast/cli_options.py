@@ -27,6 +27,16 @@ ThinkTokens = Annotated[
 ]
 Images = Annotated[Optional[list[str]], typer.Option("--image", help="An image of the question; repeatable.")]  # noqa: UP045
 Videos = Annotated[Optional[list[str]], typer.Option("--video", help="A video of the question; repeatable.")]  # noqa: UP045
+Audios = Annotated[
+    Optional[list[str]], typer.Option("--audio", help="A recording of the question; repeatable.")
+]  # noqa: UP045
+ResponseAudios = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        "--response-audio", help="A response that is a recording; once for each response, in order."
+    ),
+]
+Hear = Annotated[bool, typer.Option("--use-audio-in-video", help="Hear the videos' sound tracks, too.")]
 ResponseImages = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option("--response-image", help="A response that is an image; once for each response, in order."),
@@ -51,14 +61,18 @@ def judgement_options(given: dict[str, Any]) -> dict[str, Any]:
     `response_media` holds the responses' own media, by kind, for `with_media`.
     """
     options = {name: given[name] for name in _SAME if given.get(name) is not None}
-    for name in ("image", "video"):
+    for name in ("image", "video", "audio"):
         if given.get(name):
             options[name + "s"] = given[name]
+    if given.get("use_audio_in_video"):
+        options["use_audio_in_video"] = True
     if given.get("scale") is not None:
         options["scale"] = _scale(given["scale"])
     if given.get("resize") is not None:
         options["resize"] = _resize(given["resize"])
-    options["response_media"] = {kind: given.get(f"response_{kind}") or [] for kind in ("image", "video")}
+    options["response_media"] = {
+        kind: given.get(f"response_{kind}") or [] for kind in ("image", "video", "audio")
+    }
     return options
 
 

@@ -12,7 +12,7 @@ from flexjudge_fast.engine.completion import Completion
 from flexjudge_fast.engine.engine import Engine, EngineInput, EngineOutput
 from flexjudge_fast.engine.sampling_params import SamplingParams
 from flexjudge_fast.errors import FlexJudgeError, InvalidArgumentError
-from flexjudge_fast.media.prepared import PreparedMedia
+from flexjudge_fast.media.prepared import AnyMedia
 from flexjudge_fast.prompts.builder import build_messages
 from flexjudge_fast.prompts.formats import Kind
 from flexjudge_fast.prompts.grammar import AnswerGrammar
@@ -23,7 +23,7 @@ from flexjudge_fast.verdict import Provenance, Usage, Verdict, VerdictTimings
 
 ResponseLike = str | Response
 Stream = Callable[["TextEvent"], None]
-_Reading = Callable[[], Mapping[str, PreparedMedia]]  # waits for a judgement's media
+_Reading = Callable[[], Mapping[str, AnyMedia]]  # waits for a judgement's media
 _MEDIA_AHEAD = 8  # judgements whose media are read before they are needed
 
 
@@ -211,7 +211,7 @@ class Judge:
         return lambda: {item.name: future.result() for item, future in zip(items, futures, strict=True)}
 
     def _inputs(
-        self, judgement: Judgement, index: int = 0, media: Mapping[str, PreparedMedia] | None = None
+        self, judgement: Judgement, index: int = 0, media: Mapping[str, AnyMedia] | None = None
     ) -> tuple[_Open, list[EngineInput | Exception]]:
         """The engine inputs of a judgement, one per order of its responses. `media`: read, by name."""
         template = self._template(judgement)
@@ -273,7 +273,7 @@ class Judge:
         return tally(judgement, votes, usage, _timings(completions), provenance, opened.index)
 
 
-def _orders(judgement: Judgement, media: Mapping[str, PreparedMedia]) -> list[tuple[int, ...]]:
+def _orders(judgement: Judgement, media: Mapping[str, AnyMedia]) -> list[tuple[int, ...]]:
     """The orders in which the model sees the responses."""
     fixed = tuple(range(len(judgement.responses)))
     if len(fixed) == 1 or judgement.order == "fixed":

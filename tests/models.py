@@ -43,6 +43,20 @@ PREPROCESSOR: dict[str, Any] = {
     "image_processor_type": "Qwen2VLImageProcessor",
     "processor_class": "Qwen2_5_VLProcessor",
 }
+AUDIO_PREPROCESSOR: dict[str, Any] = {
+    "feature_extractor_type": "WhisperFeatureExtractor",
+    "feature_size": 128,
+    "sampling_rate": 16000,
+    "hop_length": 160,
+    "chunk_length": 300,
+    "n_fft": 400,
+    "n_samples": 4800000,
+    "nb_max_frames": 30000,
+    "padding_side": "right",
+    "padding_value": 0.0,
+    "return_attention_mask": True,
+    "dither": 0.0,
+}
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
 
@@ -165,6 +179,84 @@ def write_vision_checkpoint(
     if new_names:
         _rename_tensors(folder)
     return model
+
+
+def write_omni_checkpoint(folder: Path, whole: bool = False, seed: int = 0) -> Any:
+    """Write a random Thinker of Qwen2.5-Omni and return it, in float32 and eval mode.
+
+    `whole`: as it is published, with a talker, whose tensors hold NaN here: nobody must read them.
+    """
+    import transformers
+
+    torch.manual_seed(seed)
+    rope = {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [2, 3, 3]}
+    config = transformers.Qwen2_5OmniThinkerConfig(
+        text_config={
+            "vocab_size": VOCAB,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 4096,
+            "rope_parameters": rope,
+            "initializer_range": 0.15,
+        },
+        vision_config={
+            "depth": 3,
+            "hidden_size": 48,
+            "intermediate_size": 52,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "fullatt_block_indexes": [1],
+            "initializer_range": 0.15,
+        },
+        audio_config={
+            "d_model": 48,
+            "encoder_layers": 3,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 60,
+            "output_dim": 64,
+            "initializer_range": 0.15,
+        },
+        image_token_index=262,
+        video_token_index=263,
+        audio_token_index=264,
+        vision_start_token_id=259,
+        vision_end_token_id=260,
+        audio_start_token_id=265,
+        audio_end_token_id=266,
+        eos_token_id=257,
+    )
+    model = transformers.Qwen2_5OmniThinkerForConditionalGeneration(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.eval()
+    model.save_pretrained(folder)
+    write_tokenizer(folder, (*VISION_TOKENS, "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"))
+    (folder / "preprocessor_config.json").write_text(json.dumps({**PREPROCESSOR, **AUDIO_PREPROCESSOR}))
+    if whole:
+        _make_whole(folder)
+    return model
+
+
+def _make_whole(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    (path,) = folder.glob("*.safetensors")
+    tensors = {f"thinker.{name}": tensor for name, tensor in load_file(path).items()}
+    save_file({**tensors, "talker.model.norm.weight": torch.full((8,), torch.nan)}, path, {"format": "pt"})
+    thinker = json.loads((folder / "config.json").read_text())
+    config = {
+        "architectures": ["Qwen2_5OmniForConditionalGeneration"],
+        "model_type": "qwen2_5_omni",
+        "thinker_config": {**thinker, "architectures": ["Qwen2OmniNaViTThinkerForConditionalGeneration"]},
+        "talker_config": {"hidden_size": 8},
+        "token2wav_config": {},
+        "enable_audio_output": True,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def _rename_tensors(folder: Path) -> None:

@@ -13,7 +13,7 @@
 #include <cstring>
 #include <string>
 
-#include "flexjudge/decoder.h"
+#include "flexjudge/vision.h"
 
 namespace flexjudge::bindings {
 
@@ -112,5 +112,13 @@ class PlanReader {
   const int64_t* at_;
   const int64_t* end_;
 };
+
+// Offsets that cut `count` tokens into runs.
+inline Segments segments(const Tensor& start, int64_t count) {
+  const Segments s{start.numel() - 1, int64s(start)};
+  check(s.count >= 1 && s.start[0] == 0 && s.start[s.count] == count, "the segments do not hold all tokens");
+  for (int64_t i = 0; i < s.count; ++i) check(s.start[i] < s.start[i + 1], "a segment is empty");
+  return s;
+}
 
 }  // namespace flexjudge::bindings

@@ -1,6 +1,5 @@
 // The vision tower as a torch op: shapes, types and offsets are checked here.
 #include "common.h"
-#include "flexjudge/vision.h"
 
 namespace {
 
@@ -30,14 +29,6 @@ flexjudge::VisionTower read_vision(const Tensor& plan) {
 // Towers are held by address, as decoders are.
 int64_t open_vision(const Tensor& plan) { return reinterpret_cast<int64_t>(new flexjudge::VisionTower(read_vision(plan))); }
 void close_vision(int64_t handle) { delete reinterpret_cast<flexjudge::VisionTower*>(handle); }
-
-// Offsets that cut `num_patches` patches into runs.
-flexjudge::Segments segments(const Tensor& start, int64_t num_patches) {
-  const flexjudge::Segments s{start.numel() - 1, int64s(start)};
-  check(s.count >= 1 && s.start[0] == 0 && s.start[s.count] == num_patches, "vision: the segments do not hold all patches");
-  for (int64_t i = 0; i < s.count; ++i) check(s.start[i] < s.start[i + 1], "vision: a segment is empty");
-  return s;
-}
 
 void check_floats(const Tensor& t, int64_t rows, int64_t columns) {
   check(t.scalar_type() == ScalarType::Float && t.dim() == 2 && t.is_contiguous() && t.size(0) == rows && t.size(1) == columns,

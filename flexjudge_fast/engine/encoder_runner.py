@@ -1,47 +1,70 @@
 """Embeddings of the media in a batch: looked up, or encoded, distinct ones together."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 
 import torch
 
 from flexjudge_fast.engine.batch import Batch
 from flexjudge_fast.engine.encoder_cache import EncoderCache
-from flexjudge_fast.media.prepared import PreparedMedia
+from flexjudge_fast.media.prepared import AnyMedia, PreparedAudio, PreparedMedia
 from flexjudge_fast.media.vision_processor import VisionProcessor
+from flexjudge_fast.models.audio_tower import AudioTower
+from flexjudge_fast.models.packed_audio import PackedAudioTower
 from flexjudge_fast.models.packed_vision import PackedVisionTower
 from flexjudge_fast.models.vision_tower import VisionTower
 from flexjudge_fast.ops.image import patchify
+
+
+@dataclass(frozen=True, eq=False)
+class VisionEncoder:
+    """Images and videos to embeddings. `num_threads`: of cutting patches."""
+
+    tower: VisionTower | PackedVisionTower
+    processor: VisionProcessor
+    num_threads: int
+
+    def encode(self, group: Sequence[PreparedMedia]) -> torch.Tensor:
+        """[num_tokens of all, hidden]."""
+        patches = torch.cat([self.patches(media) for media in group])
+        return self.tower.encode(patches, [media.grid for media in group])
+
+    def patches(self, media: PreparedMedia) -> torch.Tensor:
+        p = self.processor
+        table = torch.from_numpy(p.normalization_table())
+        frames = torch.from_numpy(media.frames)
+        return patchify(frames, table, p.patch_size, p.merge_size, p.temporal_patch_size, self.num_threads)
 
 
 class EncoderRunner:
     """`run(batch)` gives what the model needs in place of placeholders.
 
     Args:
-        max_patches: the most that are encoded at once, unless one medium alone has more: a bound on memory.
+        hearing: the tower for recordings, of a model that has one.
+        max_patches: the most that are encoded at once, unless one medium alone has more: a bound on memory. Two
+            frames of a spectrogram count as one.
     """
 
     def __init__(
         self,
-        tower: VisionTower | PackedVisionTower,
-        processor: VisionProcessor,
+        vision: VisionEncoder,
+        hearing: AudioTower | PackedAudioTower | None,
         cache: EncoderCache,
         max_patches: int,
         device: torch.device,
-        num_threads: int,
     ) -> None:
-        self.tower = tower
-        self.processor = processor
+        self.vision = vision
+        self.hearing = hearing
         self.cache = cache
         self.max_patches = max_patches
         self.device = device
-        self.num_threads = num_threads  # of cutting patches
         self.num_encoded = 0  # media
 
     def run(self, batch: Batch) -> dict[bytes, torch.Tensor]:
         """By content key, [num_tokens, hidden] of each medium whose placeholders this batch computes."""
         found: dict[bytes, torch.Tensor] = {}
-        missing: dict[bytes, PreparedMedia] = {}
+        missing: dict[bytes, AnyMedia] = {}
         for media in _needed(batch):
             if media.key in found or media.key in missing:
                 continue
@@ -54,35 +77,44 @@ class EncoderRunner:
             found |= self._encode(group)
         return found
 
-    def _groups(self, media: Mapping[bytes, PreparedMedia]) -> Iterator[list[PreparedMedia]]:
-        group: list[PreparedMedia] = []
+    def _groups(self, media: Mapping[bytes, AnyMedia]) -> Iterator[list[AnyMedia]]:
+        """Media of one encoder each, in order."""
+        group: list[AnyMedia] = []
         size = 0
-        for item in media.values():
-            if group and size + prod(item.grid) > self.max_patches:
+        for item in sorted(media.values(), key=_is_heard):
+            if group and (size + _size(item) > self.max_patches or _is_heard(item) != _is_heard(group[0])):
                 yield group
                 group, size = [], 0
             group.append(item)
-            size += prod(item.grid)
+            size += _size(item)
         if group:
             yield group
 
-    def _encode(self, group: Sequence[PreparedMedia]) -> dict[bytes, torch.Tensor]:
-        patches = torch.cat([self._patches(media) for media in group])
-        embeddings = self.tower.encode(patches, [media.grid for media in group])
+    def _encode(self, group: Sequence[AnyMedia]) -> dict[bytes, torch.Tensor]:
+        seen = [media for media in group if isinstance(media, PreparedMedia)]
+        heard = [media for media in group if isinstance(media, PreparedAudio)]
+        if seen:
+            embeddings = self.vision.encode(seen)
+        else:
+            assert self.hearing is not None
+            embeddings = self.hearing.encode([torch.from_numpy(media.features) for media in heard])
         parts = embeddings.split([media.num_tokens for media in group])
         for media, part in zip(group, parts, strict=True):
             self.cache.put(media.key, part)
         self.num_encoded += len(group)
         return {media.key: part for media, part in zip(group, parts, strict=True)}
 
-    def _patches(self, media: PreparedMedia) -> torch.Tensor:
-        p = self.processor
-        table = torch.from_numpy(p.normalization_table())
-        frames = torch.from_numpy(media.frames)
-        return patchify(frames, table, p.patch_size, p.merge_size, p.temporal_patch_size, self.num_threads)
+
+def _is_heard(media: AnyMedia) -> bool:
+    return isinstance(media, PreparedAudio)
 
 
-def _needed(batch: Batch) -> Iterable[PreparedMedia]:
+def _size(media: AnyMedia) -> int:
+    """In patches."""
+    return media.features.shape[1] // 2 if isinstance(media, PreparedAudio) else prod(media.grid)
+
+
+def _needed(batch: Batch) -> Iterable[AnyMedia]:
     for chunk in batch.chunks:
         for run in chunk.request.media:
             if run.start < chunk.end and run.end > chunk.start:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from flexjudge_fast.media.items import MediaItem, MediaOptions
-    from flexjudge_fast.media.prepared import PreparedMedia
+    from flexjudge_fast.media.prepared import AnyMedia
 
 TextCallback = Callable[[int, int, str], None]
 
@@ -176,9 +176,7 @@ class Engine:
         self._check_usable()
         return self._parts.prompts.encode(prompt)
 
-    def read_media(
-        self, items: "Sequence[MediaItem]", options: "MediaOptions"
-    ) -> "list[Future[PreparedMedia]]":
+    def read_media(self, items: "Sequence[MediaItem]", options: "MediaOptions") -> "list[Future[AnyMedia]]":
         """Start to decode and resize media, in threads.
 
         Raises:
@@ -310,7 +308,7 @@ class Engine:
                 samples=params.n,
             )
             run.open[index] = []
-            run.media_bytes[index] = sum(m.media.frames.nbytes for m in item.prompt.media)
+            run.media_bytes[index] = _media_bytes(item.prompt)
             self._track(run, index, request)
             parts.scheduler.add(request)
 
@@ -366,6 +364,11 @@ class Engine:
             for request_id in dropped:
                 del self._runs[request_id]
             self._stepper.cancel(dropped)
+
+
+def _media_bytes(prompt: Prompt) -> int:
+    """What a prompt's media hold until they are encoded, each counted once."""
+    return sum(media.nbytes for media in {run.media.key: run.media for run in prompt.media}.values())
 
 
 def _raised(output: EngineOutput) -> EngineOutput:

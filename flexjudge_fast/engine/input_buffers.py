@@ -112,7 +112,8 @@ class InputBuffers:
             if first < last:
                 where = slice(at + first - chunk.start, at + last - chunk.start)
                 self._numbers[0, where] = self.vocab_size + num_rows + np.arange(last - first)
-                parts.append(embeddings[run.media.key][first - run.start : last - run.start])
+                row = run.first_row + first - run.start
+                parts.append(embeddings[run.media.key][row : row + last - first])
                 num_rows += last - first
         return parts
 

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flexjudge_fast.engine.vision_input import VisionInput
+from flexjudge_fast.engine.media_input import MediaInput
 from flexjudge_fast.errors import InvalidArgumentError, UnsupportedMediaError
 from flexjudge_fast.media.items import MediaItem, MediaOptions
-from flexjudge_fast.media.prepared import PreparedMedia
+from flexjudge_fast.media.prepared import AnyMedia
 from flexjudge_fast.media.reader import MediaReader
+from flexjudge_fast.models.mrope import mrope_positions
 from flexjudge_fast.prompts.chat_template import ChatTemplate
 from flexjudge_fast.prompts.segments import Media, Prompt, Segment
 from flexjudge_fast.prompts.tokenizer import Tokenizer
@@ -25,7 +26,7 @@ class PromptEncoder:
 
     Args:
         vocab_size: of the model; the tokenizer's may be smaller or larger.
-        vision, reader: both or neither.
+        media, reader: both or neither.
     """
 
     def __init__(
@@ -33,13 +34,13 @@ class PromptEncoder:
         tokenizer: Tokenizer,
         chat_template: ChatTemplate,
         vocab_size: int,
-        vision: VisionInput | None = None,
+        media: MediaInput | None = None,
         reader: MediaReader | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._chat_template = chat_template
         self._vocab_size = vocab_size
-        self._vision = vision
+        self._media = media
         self._reader = reader
 
     def encode(self, prompt: PromptLike) -> Prompt:
@@ -56,11 +57,11 @@ class PromptEncoder:
         self._check(encoded)
         return encoded
 
-    def read_media(self, items: Sequence[MediaItem], options: MediaOptions) -> "list[Future[PreparedMedia]]":
+    def read_media(self, items: Sequence[MediaItem], options: MediaOptions) -> "list[Future[AnyMedia]]":
         """See `Engine.read_media`."""
         for item in items:
-            if self._vision is None or item.kind not in self._vision.kinds:
-                reads = "text only" if self._vision is None else f"text, {' and '.join(self._vision.kinds)}"
+            if self._media is None or item.kind not in self._media.kinds:
+                reads = "text only" if self._media is None else f"text, {' and '.join(self._media.kinds)}"
                 raise UnsupportedMediaError(
                     f"{item.name or item.kind}: the loaded model reads {reads}, not {item.kind}"
                 )
@@ -68,7 +69,7 @@ class PromptEncoder:
 
     def positions(self, prompt: Prompt) -> NDArray[np.int64] | None:
         """M-RoPE positions [3, num_tokens] of a prompt with media; `None` where they are 0, 1, 2, ..."""
-        return self._vision.positions(prompt) if self._vision is not None and prompt.media else None
+        return mrope_positions(len(prompt), prompt.spans) if prompt.spans else None
 
     def close(self) -> None:
         """End the threads and processes that read media."""
@@ -77,16 +78,16 @@ class PromptEncoder:
 
     def _read_segments(self, segments: Sequence[Segment]) -> list[Segment]:
         """Placeholders in place of media, which are read side by side unless they have been read before."""
-        reading: dict[int, Future[PreparedMedia]] = {}
+        reading: dict[int, Future[AnyMedia]] = {}
         for i, segment in enumerate(segments):
-            if isinstance(segment, Media) and not isinstance(segment.item.source, PreparedMedia):
+            if isinstance(segment, Media) and not isinstance(segment.item.source, AnyMedia):
                 (reading[i],) = self.read_media([segment.item], MediaOptions())
         found: list[Segment] = []
         for i, segment in enumerate(segments):
             if isinstance(segment, Media):
                 media = reading[i].result() if i in reading else segment.item.source
-                assert self._vision is not None and isinstance(media, PreparedMedia)
-                segment = self._vision.placeholder(media)
+                assert self._media is not None and isinstance(media, AnyMedia)
+                segment = self._media.placeholder(media)
             found.append(segment)
         return found
 
@@ -100,9 +101,9 @@ class PromptEncoder:
                 raise InvalidArgumentError(f"prompt: {token_id!r} is not a token id below {self._vocab_size}")
         if not prompt.token_ids:
             raise InvalidArgumentError("prompt: it is empty")
-        if self._vision is not None:
-            placed = sum(run.media.num_tokens for run in prompt.media)
-            if sum(token_id in self._vision.pad_ids for token_id in prompt.token_ids) != placed:
+        if self._media is not None:
+            placed = sum(run.end - run.start for run in prompt.media)
+            if sum(token_id in self._media.pad_ids for token_id in prompt.token_ids) != placed:
                 raise InvalidArgumentError(
                     "prompt: it holds a placeholder without a medium; give media in messages"
                 )

@@ -15,18 +15,20 @@ from flexjudge_fast.engine.config import (
     pick_dtype,
 )
 from flexjudge_fast.engine.encoder_cache import EncoderCache
-from flexjudge_fast.engine.encoder_runner import EncoderRunner
+from flexjudge_fast.engine.encoder_runner import EncoderRunner, VisionEncoder
 from flexjudge_fast.engine.encoder_store import EncoderStore
 from flexjudge_fast.engine.input_buffers import InputBuffers
+from flexjudge_fast.engine.media_input import MediaInput
 from flexjudge_fast.engine.model_runner import ModelRunner, kv_bytes_per_token
 from flexjudge_fast.engine.prompts import PromptEncoder
 from flexjudge_fast.engine.scheduler import Scheduler, SchedulerLimits
-from flexjudge_fast.engine.vision_input import VisionInput
 from flexjudge_fast.errors import CheckpointError, InvalidArgumentError
+from flexjudge_fast.media.audio_processor import AudioProcessor, read_audio_processor
 from flexjudge_fast.media.reader import MediaReader
 from flexjudge_fast.media.vision_processor import VisionProcessor, read_vision_processor
-from flexjudge_fast.models.config import DecoderConfig, read_decoder_config
-from flexjudge_fast.models.registry import load_model, load_vision
+from flexjudge_fast.models.audio_config import AudioConfig, read_audio_config
+from flexjudge_fast.models.config import DecoderConfig, model_config, read_decoder_config
+from flexjudge_fast.models.registry import load_audio, load_model, load_vision
 from flexjudge_fast.models.vision_config import VisionConfig, read_vision_config
 from flexjudge_fast.ops.backend import isa
 from flexjudge_fast.prompts.chat_template import ChatTemplate
@@ -53,7 +55,7 @@ class EngineParts:
 class MediaParts:
     """What a vision-language model needs beside the language model."""
 
-    input: VisionInput
+    input: MediaInput
     reader: MediaReader
     encoder: EncoderRunner
 
@@ -73,9 +75,11 @@ def load_parts(
         raise InvalidArgumentError(f'quantization={quantization!r}: must be None, {known} or "dequantize"')
     where = pick_device(device)
     checkpoint = open_checkpoint(model)
-    picked = pick_dtype(dtype, checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
-    decoder = read_decoder_config(checkpoint.config, ignore_config)
-    vision = read_vision_config(checkpoint.config, ignore_config)
+    stored = [part.get(name) for part in (checkpoint.config, run) for name in ("dtype", "torch_dtype")]
+    picked = pick_dtype(dtype, next(filter(None, stored), None))
+    run = model_config(checkpoint.config)
+    decoder = read_decoder_config(run, ignore_config)
+    vision, audio = read_vision_config(run, ignore_config), read_audio_config(run, ignore_config)
     num_threads = config.num_threads or torch.get_num_threads()
     limit = decoder.max_positions
     max_len = config.max_model_len or limit
@@ -96,10 +100,21 @@ def load_parts(
     media = None
     if vision is not None:
         tower = load_vision(checkpoint, vision, decoder, picked, where, num_threads)
+        hearing = None
+        if audio is not None:
+            hearing = load_audio(checkpoint, audio, decoder, picked, where, num_threads)
         processor = _processor(checkpoint, vision)
-        cache = _encoder_cache(config, checkpoint, picked)
-        encoder = EncoderRunner(tower, processor, cache, config.max_encoder_patches, where, num_threads)
-        media = MediaParts(VisionInput(vision), MediaReader(processor), encoder)
+        media = MediaParts(
+            MediaInput(vision, audio),
+            MediaReader(processor, _audio_processor(checkpoint, audio)),
+            EncoderRunner(
+                VisionEncoder(tower, processor, num_threads),
+                hearing,
+                _encoder_cache(config, checkpoint, picked),
+                config.max_encoder_patches,
+                where,
+            ),
+        )
     checkpoint.start_hashing()
     kv_dtype = KV_CACHE_DTYPES.get(config.kv_cache_dtype, picked)
     block_bytes = config.block_size * kv_bytes_per_token(decoder, kv_dtype)
@@ -165,6 +180,19 @@ def _processor(checkpoint: Checkpoint, vision: VisionConfig) -> VisionProcessor:
                 f"{checkpoint.path}: {name} is {getattr(processor, name)} in preprocessor_config.json, "
                 f"{getattr(vision, name)} in config.json"
             )
+    return processor
+
+
+def _audio_processor(checkpoint: Checkpoint, audio: AudioConfig | None) -> AudioProcessor | None:
+    """How the checkpoint wants sound; its spectrogram must be the tower's."""
+    if audio is None:
+        return None
+    processor = read_audio_processor(checkpoint.processor_configs()[0])
+    if processor.feature_size != audio.num_mel_bins:
+        raise CheckpointError(
+            f"{checkpoint.path}: feature_size is {processor.feature_size} in preprocessor_config.json, "
+            f"num_mel_bins {audio.num_mel_bins} in config.json"
+        )
     return processor
 
 

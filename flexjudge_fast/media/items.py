@@ -28,9 +28,11 @@ class MediaOptions:
         resize: (width, height) in pixels before they are rounded to whole patches.
         fps: frames per second taken from a video.
         allow_remote: fetch http(s) URLs.
+        use_audio_in_video: hear a video's sound track, too.
     """
 
     max_pixels: int | None = None
     resize: tuple[int, int] | None = None
     fps: float | None = None
     allow_remote: bool = False
+    use_audio_in_video: bool = False

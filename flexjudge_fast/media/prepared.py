@@ -19,6 +19,7 @@ class PreparedMedia:
         grid: patches over time, height and width.
         num_tokens: embeddings that the encoder makes of it.
         seconds_per_grid: seconds from one temporal patch to the next; 0 for an image.
+        sound: of a video that is heard, too.
     """
 
     kind: MediaKind
@@ -27,15 +28,48 @@ class PreparedMedia:
     grid: tuple[int, int, int]
     num_tokens: int
     seconds_per_grid: float = 0.0
+    sound: "PreparedAudio | None" = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.frames.nbytes
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedAudio:
+    """A recording after decoding, mixing and resampling, as its spectrogram.
+
+    Args:
+        key: 32 bytes, as for `PreparedMedia`.
+        features: float32 [num_mel_bins, num_frames], log-mel.
+        num_tokens: embeddings that the encoder makes of it.
+    """
+
+    key: bytes
+    features: NDArray[np.float32]
+    num_tokens: int
+    kind: MediaKind = "audio"
+
+    @property
+    def nbytes(self) -> int:
+        return self.features.nbytes
+
+
+AnyMedia = PreparedMedia | PreparedAudio
 
 
 @dataclass(frozen=True, eq=False)
 class MediaRun:
-    """Where a medium's placeholders stand in a prompt: `num_tokens` of them from position `start` on."""
+    """Placeholders of a medium, side by side in a prompt.
+
+    They stand for the embeddings [first_row, last_row) of `media`, from position `start` on.
+    """
 
     start: int
-    media: PreparedMedia
+    media: AnyMedia
+    first_row: int
+    last_row: int
 
     @property
     def end(self) -> int:
-        return self.start + self.media.num_tokens
+        return self.start + self.last_row - self.first_row

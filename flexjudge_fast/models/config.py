@@ -63,10 +63,13 @@ _HARMLESS = frozenset(
         "problem_type",
         "tokenizer_class",
         "task_specific_params",
+        "init_std",
     ]
 )
 # What surrounds the decoder's own fields in a vision-language checkpoint.
 _VISION_LANGUAGE = "Qwen2_5_VLForConditionalGeneration"
+_THINKER = "Qwen2_5OmniThinkerForConditionalGeneration"
+_WHOLE_OMNI = ("Qwen2_5OmniForConditionalGeneration", "Qwen2_5OmniModel")  # Thinker, talker and vocoder
 _MULTIMODAL = frozenset(
     [
         "text_config",
@@ -76,6 +79,16 @@ _MULTIMODAL = frozenset(
         "vision_start_token_id",
         "vision_end_token_id",
         "vision_token_id",
+        "audio_config",
+        "audio_token_id",
+        "audio_token_index",
+        "image_token_index",
+        "video_token_index",
+        "audio_start_token_id",
+        "audio_end_token_id",
+        "user_token_id",
+        "position_id_per_seconds",
+        "seconds_per_chunk",
     ]
 )
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn", "factors")
@@ -125,11 +138,22 @@ class DecoderConfig:
     rope: RopeConfig
 
 
+def model_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a config.json that this engine runs: of a whole Qwen2.5-Omni its Thinker, else all of it."""
+    names = config.get("architectures") or []
+    if len(names) != 1 or names[0] not in _WHOLE_OMNI:
+        return dict(config)
+    thinker = config.get("thinker_config")
+    if not isinstance(thinker, Mapping):
+        raise UnsupportedCheckpointError("config field thinker_config: an object is expected")
+    return {**thinker, "architectures": [_THINKER]}
+
+
 def read_decoder_config(config: Mapping[str, Any], ignore: Collection[str] = ()) -> DecoderConfig:
     """Translate an HF config.
 
     Args:
-        config: the parsed `config.json`.
+        config: the parsed `config.json`, after `model_config`.
         ignore: names of unknown fields to accept unseen.
 
     Raises:
@@ -137,7 +161,8 @@ def read_decoder_config(config: Mapping[str, Any], ignore: Collection[str] = ())
     """
     architecture = _architecture(config)
     is_qwen2 = architecture != "LlamaForCausalLM"
-    if architecture == _VISION_LANGUAGE:
+    has_sections = architecture in (_VISION_LANGUAGE, _THINKER)
+    if has_sections:
         config = _text_part(config, ignore)
     _refuse_unknown(config, ignore)
     num_heads = _positive(config, "num_attention_heads")
@@ -172,7 +197,7 @@ def read_decoder_config(config: Mapping[str, Any], ignore: Collection[str] = ())
         qkv_bias=is_qwen2 or attention_bias,
         out_bias=not is_qwen2 and attention_bias,
         mlp_bias=not is_qwen2 and bool(config.get("mlp_bias", False)),
-        rope=_read_rope(config, head_dim, max_positions, architecture == _VISION_LANGUAGE),
+        rope=_read_rope(config, head_dim, max_positions, has_sections),
     )
 
 
@@ -186,15 +211,13 @@ def _text_part(config: Mapping[str, Any], ignore: Collection[str]) -> dict[str, 
         raise UnsupportedCheckpointError("config field text_config: an object is expected")
     _refuse_unknown(outer, ignore)
     own = {name: value for name, value in inner.items() if name not in _MULTIMODAL}
-    return {
-        **own,
-        **{name: outer[name] for name in ("architectures", "tie_word_embeddings") if name in outer},
-    }
+    tied = outer.get("tie_word_embeddings", False)  # what the text's own part says is not what is done
+    return {**own, "architectures": outer["architectures"], "tie_word_embeddings": tied}
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
     names = config.get("architectures") or []
-    known = ("LlamaForCausalLM", "Qwen2ForCausalLM", _VISION_LANGUAGE)
+    known = ("LlamaForCausalLM", "Qwen2ForCausalLM", _VISION_LANGUAGE, _THINKER)
     if len(names) != 1 or names[0] not in known:
         raise UnsupportedCheckpointError(
             f"config field architectures: {names!r} is not supported (this version runs {', '.join(known)})"

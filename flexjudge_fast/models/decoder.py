@@ -13,7 +13,9 @@ from flexjudge_fast.layers.rotary import Rotary
 from flexjudge_fast.models.config import DecoderConfig
 from flexjudge_fast.models.loader import TensorLoader
 
-_PREFIXES = ("model.", "model.language_model.")  # the second of newer vision-language checkpoints
+# Of most checkpoints, of newer vision-language ones, and of a whole Qwen2.5-Omni.
+_PREFIXES = ("model.", "model.language_model.", "thinker.model.")
+_HEADS = ("lm_head.", "thinker.lm_head.")
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,11 @@ class Decoder:
         self.rotary = Rotary(config.rope, max_len, load.device)
         self.layers = [_load_layer(config, load, f"{prefix}layers.{i}.") for i in range(config.num_layers)]
         self.norm = RMSNorm(load.vector(prefix + "norm.weight", config.hidden_size), config.rms_norm_eps)
-        head = self.embed.weight if config.tie_word_embeddings else load.weight("lm_head.weight", table)
+        head = (
+            self.embed.weight
+            if config.tie_word_embeddings
+            else load.weight(load.prefix(_HEADS, "weight") + "weight", table)
+        )
         self.lm_head = Linear([head])
 
     def forward(self, token_ids: torch.Tensor, inputs: AttentionInput, cache: torch.Tensor) -> torch.Tensor:

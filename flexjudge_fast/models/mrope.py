@@ -6,48 +6,98 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+Grid = tuple[int, int, int]  # embeddings over time, height and width
 
-@dataclass(frozen=True)
-class GridRun:
-    """A medium's placeholders in a prompt.
+
+@dataclass(frozen=True, eq=False)
+class PositionSpan:
+    """Tokens of a prompt whose positions do not simply count on: a medium with its brackets.
 
     Args:
-        start: position of the first one in the prompt.
-        grid: embeddings over time, height and width.
-        time_step: positions from one embedding to the next in time; 1 for an image.
+        start: where in the prompt they begin.
+        offsets: int64 [3, num_tokens], their positions less the one the first would have as text.
+        advance: what is added to that position to give the next token's.
     """
 
     start: int
-    grid: tuple[int, int, int]
-    time_step: float = 1.0
+    offsets: NDArray[np.int64]
+    advance: int
 
     @property
-    def num_tokens(self) -> int:
-        return self.grid[0] * self.grid[1] * self.grid[2]
+    def end(self) -> int:
+        return self.start + self.offsets.shape[1]
 
 
-def mrope_positions(num_tokens: int, runs: Sequence[GridRun]) -> NDArray[np.int64]:
-    """Positions of a prompt of `num_tokens` tokens with media at `runs`, in order.
+def mrope_positions(num_tokens: int, spans: Sequence[PositionSpan]) -> NDArray[np.int64]:
+    """Positions of a prompt of `num_tokens` tokens, int64 [3, num_tokens]; text has the same one three times.
 
-    Text has the same position three times. A medium's tokens count from where the text stopped, by their
-    place in the grid; what follows begins behind the largest position so far. (transformers 5.3 to 5.23 let
-    text behind a long video begin inside the video's time; this is the training's rule, and theirs before.)
-
-    Returns:
-        int64 [3, num_tokens]: time, height, width. Generated tokens go on counting from the largest.
+    Generated tokens go on counting from the largest.
     """
     out = np.empty((3, num_tokens), np.int64)
     at = following = 0
-    for run in runs:
-        out[:, at : run.start] = np.arange(following, following + run.start - at)
-        following += run.start - at
-        at = run.start + run.num_tokens
-        time, row, column = np.indices(run.grid).reshape(3, -1)
-        out[0, run.start : at] = following + (time.astype(np.float32) * np.float32(run.time_step)).astype(
-            np.int64
-        )
-        out[1, run.start : at] = following + row
-        out[2, run.start : at] = following + column
-        following = int(out[:, run.start : at].max()) + 1
+    for span in spans:
+        out[:, at : span.start] = np.arange(following, following + span.start - at)
+        following += span.start - at
+        out[:, span.start : span.end] = following + span.offsets
+        at, following = span.end, following + span.advance
     out[:, at:] = np.arange(following, following + num_tokens - at)
     return out
+
+
+def grid_offsets(grid: Grid, time_step: float) -> NDArray[np.int64]:
+    """Time, height and width of a grid's embeddings, [3, num_tokens]; `time_step`: positions from one to the next."""
+    time, row, column = np.indices(grid).reshape(3, -1)
+    steps = (time.astype(np.float32) * np.float32(time_step)).astype(np.int64)
+    return np.stack((steps, row, column))
+
+
+def bracketed(inner: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
+    """Offsets of a medium between two brackets, and the advance behind it.
+
+    What follows begins behind the largest position so far. (transformers 5.3 to 5.23 let text behind a long video
+    of Qwen2.5-VL begin inside the video's time; this is the training's rule, and theirs before and for Qwen2.5-Omni.)
+    """
+    end = 1 + int(inner.max()) + 1
+    edges = np.zeros((3, 1), np.int64)
+    return np.concatenate((edges, inner + 1, edges + end), axis=1), end + 1
+
+
+def interleaved(
+    video: NDArray[np.int64], num_audio: int, chunk: int
+) -> tuple[list[tuple[str, int, int]], NDArray[np.int64], int]:
+    """A video and its sound, laid out by time in turns (Xu et al. 2025, section 2.2: TMRoPE).
+
+    Args:
+        video: offsets [3, num_tokens] of the video alone.
+        num_audio: embeddings of the sound.
+        chunk: positions in time after which the other one takes its turn.
+
+    Returns:
+        What stands between the brackets, in turns: "video" or "audio", its first and its last embedding plus one.
+        Offsets of all tokens with two brackets on either side, which share a position; and the advance behind them.
+    """
+    audio = np.broadcast_to(np.arange(num_audio), (3, num_audio))
+    parts = {"video": (video, _turns(video[0], chunk)), "audio": (audio, _turns(audio[0], chunk))}
+    pieces, offsets = [], []
+    for turn in range(max(len(turns) for _, turns in parts.values())):
+        for name, (positions, turns) in parts.items():
+            if turn < len(turns):
+                first, last = turns[turn]
+                pieces.append((name, first, last))
+                offsets.append(positions[:, first:last])
+    end = 1 + int(offsets[-1].max()) + 1  # behind the last turn, as transformers has it
+    edges = np.zeros((3, 2), np.int64)
+    return pieces, np.concatenate((edges, np.concatenate(offsets, axis=1) + 1, edges + end), axis=1), end + 1
+
+
+def _turns(times: NDArray[np.int64], chunk: int) -> list[tuple[int, int]]:
+    """Tokens of rising times, cut where they pass the next multiple of `chunk`.
+
+    One token passes one multiple: where times jump over several, turns of a single token follow, as in transformers.
+    """
+    turns, first = [], 0
+    for i, time in enumerate(times.tolist()):
+        if time >= (len(turns) + 1) * chunk:
+            turns.append((first, i))
+            first = i
+    return [*turns, (first, len(times))]

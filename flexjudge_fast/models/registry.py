@@ -3,13 +3,17 @@
 import torch
 
 from flexjudge_fast.errors import UnsupportedCheckpointError
+from flexjudge_fast.models.audio_config import AudioConfig
+from flexjudge_fast.models.audio_tower import AudioTower
 from flexjudge_fast.models.config import DecoderConfig
 from flexjudge_fast.models.decoder import Decoder
 from flexjudge_fast.models.llama import LlamaForCausalLM
 from flexjudge_fast.models.loader import TensorLoader
 from flexjudge_fast.models.packed import PackedModel
+from flexjudge_fast.models.packed_audio import PackedAudioTower
 from flexjudge_fast.models.packed_vision import PackedVisionTower
 from flexjudge_fast.models.qwen2 import Qwen2ForCausalLM
+from flexjudge_fast.models.qwen2_5_omni import Qwen2_5OmniThinkerForConditionalGeneration
 from flexjudge_fast.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from flexjudge_fast.models.vision_config import VisionConfig
 from flexjudge_fast.models.vision_tower import VisionTower
@@ -48,6 +52,7 @@ def load_model(
         "LlamaForCausalLM": LlamaForCausalLM,
         "Qwen2ForCausalLM": Qwen2ForCausalLM,
         "Qwen2_5_VLForConditionalGeneration": Qwen2_5_VLForConditionalGeneration,
+        "Qwen2_5OmniThinkerForConditionalGeneration": Qwen2_5OmniThinkerForConditionalGeneration,
     }
     is_packed = device.type == "cpu" and has_compiled_ops()
     loader = TensorLoader(checkpoint, dtype, device, expand, merge=not is_packed, quantization=quantization)
@@ -77,3 +82,22 @@ def load_vision(
     is_packed = device.type == "cpu" and has_compiled_ops()
     tower = VisionTower(config, TensorLoader(checkpoint, dtype, device, merge=not is_packed))
     return PackedVisionTower(tower, num_threads) if is_packed else tower
+
+
+def load_audio(
+    checkpoint: Checkpoint,
+    config: AudioConfig,
+    decoder: DecoderConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_threads: int = 1,
+) -> AudioTower | PackedAudioTower:
+    """Load a checkpoint's audio tower; as `load_vision`."""
+    if config.output_size != decoder.hidden_size:
+        raise UnsupportedCheckpointError(
+            f"config field audio_config.output_dim: {config.output_size}, the language model has "
+            f"{decoder.hidden_size}"
+        )
+    is_packed = device.type == "cpu" and has_compiled_ops()
+    tower = AudioTower(config, TensorLoader(checkpoint, dtype, device, merge=not is_packed))
+    return PackedAudioTower(tower, num_threads) if is_packed else tower

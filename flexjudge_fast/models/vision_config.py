@@ -17,7 +17,14 @@ _SIZES = {  # field of config.json: field of `VisionConfig`
     "temporal_patch_size": "temporal_patch_size",
     "window_size": "window_size",
 }
-_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+_TOKENS: dict[
+    str, tuple[tuple[str, ...], int | None]
+] = {  # names in config.json, and Qwen's id where there is none
+    "image_token_id": (("image_token_id", "image_token_index"), None),
+    "video_token_id": (("video_token_id", "video_token_index"), None),
+    "vision_start_token_id": (("vision_start_token_id",), 151652),
+    "vision_end_token_id": (("vision_end_token_id",), 151653),
+}
 _FIXED = {"hidden_act": "silu", "in_channels": 3, "in_chans": 3}
 _HARMLESS = frozenset(
     [
@@ -25,6 +32,7 @@ _HARMLESS = frozenset(
         "dtype",
         "torch_dtype",
         "initializer_range",
+        "init_std",
         "architectures",
         "transformers_version",
         "_name_or_path",
@@ -47,7 +55,8 @@ class VisionConfig:
     temporal_patch_size: int
     window_size: int
     full_attention_layers: frozenset[int]
-    tokens_per_second: float
+    tokens_per_second: float  # positions in time of a second of video
+    seconds_per_chunk: float  # of video and sound in turns, where a video is heard
     image_token_id: int
     video_token_id: int
     vision_start_token_id: int
@@ -98,14 +107,22 @@ def read_vision_config(config: Mapping[str, Any], ignore: Collection[str] = ()) 
     layers = vision.get("fullatt_block_indexes")
     if not isinstance(layers, list | tuple) or any(type(i) is not int for i in layers):
         raise UnsupportedCheckpointError("config field vision_config.fullatt_block_indexes is missing")
-    speed = vision.get("tokens_per_second")
+    # Qwen2.5-Omni says it for all that has time.
+    speed = config.get("position_id_per_seconds", vision.get("tokens_per_second"))
+    turn = config.get("seconds_per_chunk", 2.0)
+    if isinstance(turn, bool) or not isinstance(turn, int | float) or turn <= 0:
+        raise UnsupportedCheckpointError(f"config field seconds_per_chunk: {turn!r} is no duration")
     if isinstance(speed, bool) or not isinstance(speed, int | float) or speed < 0:
         raise UnsupportedCheckpointError(
             f"config field vision_config.tokens_per_second: {speed!r} is no speed"
         )
-    tokens = {name: _token(config, name) for name in _TOKENS}
+    tokens = {name: _token(config, *found) for name, found in _TOKENS.items()}
     return VisionConfig(
-        **sizes, **tokens, full_attention_layers=frozenset(layers), tokens_per_second=float(speed)
+        **sizes,
+        **tokens,
+        full_attention_layers=frozenset(layers),
+        tokens_per_second=float(speed),
+        seconds_per_chunk=float(turn),
     )
 
 
@@ -118,6 +135,8 @@ def _refuse_unknown(vision: Mapping[str, Any], ignore: Collection[str]) -> None:
             wanted: Any = _FIXED[name]
         elif name == "spatial_patch_size":
             wanted = vision.get("patch_size")
+        elif name == "embed_dim":
+            wanted = vision.get("hidden_size")
         elif name == "rope_parameters":
             wanted = _ROPE
         else:
@@ -140,8 +159,8 @@ def _positive(vision: Mapping[str, Any], name: str) -> int:
     return value
 
 
-def _token(config: Mapping[str, Any], name: str) -> int:
-    value = config.get(name)
+def _token(config: Mapping[str, Any], names: tuple[str, ...], default: int | None) -> int:
+    value = next((config[name] for name in names if config.get(name) is not None), default)
     if type(value) is not int or value < 0:
-        raise UnsupportedCheckpointError(f"config field {name}: {value!r} is not a token id")
+        raise UnsupportedCheckpointError(f"config field {names[0]}: {value!r} is not a token id")
     return value

@@ -17,7 +17,7 @@ from flexjudge_fast.ops.segment_attention import segment_attention
 from flexjudge_fast.weights.tensor import DenseTensor
 
 NORM_EPS = 1e-6  # not in config.json
-PREFIXES = ("visual.", "model.visual.")
+PREFIXES = ("visual.", "model.visual.", "thinker.visual.")
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def _load_layer(config: VisionConfig, load: TensorLoader, prefix: str, index: in
     hidden, inner = config.hidden_size, config.intermediate_size
     return VisionLayer(
         input_norm=RMSNorm(load.vector(block + "norm1.weight", hidden), NORM_EPS),
-        qkv=load.linear([attention + "qkv"], [3 * hidden], hidden, True),
+        qkv=_load_qkv(load, attention, hidden),
         out=load.linear([attention + "proj"], [hidden], hidden, True),
         post_norm=RMSNorm(load.vector(block + "norm2.weight", hidden), NORM_EPS),
         mlp=GatedMLP(
@@ -114,3 +114,10 @@ def _load_layer(config: VisionConfig, load: TensorLoader, prefix: str, index: in
         ),
         is_full=index in config.full_attention_layers,
     )
+
+
+def _load_qkv(load: TensorLoader, prefix: str, hidden: int) -> Linear:
+    """One matrix in Qwen2.5-VL, three in Qwen2.5-Omni."""
+    if prefix + "qkv.weight" in load.checkpoint.tensor_names():
+        return load.linear([prefix + "qkv"], [3 * hidden], hidden, True)
+    return load.linear([prefix + name for name in "qkv"], [hidden] * 3, hidden, True)

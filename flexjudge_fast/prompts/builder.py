@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flexjudge_fast.media.items import MediaItem
-from flexjudge_fast.media.prepared import PreparedMedia
+from flexjudge_fast.media.prepared import AnyMedia
 from flexjudge_fast.prompts.judgement import Judgement, Response
 from flexjudge_fast.prompts.templates import PromptTemplate
 
@@ -15,7 +15,7 @@ def build_messages(
     judgement: Judgement,
     template: PromptTemplate,
     order: tuple[int, ...],
-    read: Mapping[str, PreparedMedia] | None = None,
+    read: Mapping[str, AnyMedia] | None = None,
 ) -> list[Message]:
     """System and user message. Place `i` shows response `order[i]`; media stand where they belong:
     the question's before its text, a candidate's under its heading.
@@ -38,5 +38,5 @@ def _text(text: str) -> Message:
     return {"type": "text", "text": text}
 
 
-def _media(item: MediaItem, read: Mapping[str, PreparedMedia]) -> Message:
+def _media(item: MediaItem, read: Mapping[str, AnyMedia]) -> Message:
     return {"type": item.kind, item.kind: read.get(item.name, item.source)}

@@ -51,7 +51,8 @@ class Judgement:
         images, videos, audios, molecules: media that belong to the question; they stand before it.
         max_pixels: most pixels of an image or of a video's frame; resize: (width, height) of every image and
             frame, to whole patches; fps: frames per second taken of a video. The checkpoint's own if `None`.
-        allow_remote: fetch images from http(s) URLs.
+        allow_remote: fetch images and recordings from http(s) URLs.
+        use_audio_in_video: the judge hears the videos' sound tracks, too.
         id: a name that the verdict carries.
 
     Raises:
@@ -81,6 +82,7 @@ class Judgement:
     resize: tuple[int, int] | None = None
     fps: float | None = None
     allow_remote: bool = False
+    use_audio_in_video: bool = False
     id: str | None = None
 
     def __post_init__(self) -> None:
@@ -120,8 +122,9 @@ class Judgement:
             for side in self.resize:
                 _integer("resize", side, 1, 2**16)
             object.__setattr__(self, "resize", tuple(self.resize))
-        if not isinstance(self.allow_remote, bool):
-            raise InvalidArgumentError(f"allow_remote={self.allow_remote!r}: True or False is expected")
+        for name in ("allow_remote", "use_audio_in_video"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidArgumentError(f"{name}={getattr(self, name)!r}: True or False is expected")
         _ = self.format  # checks scale and number of responses
 
     @property
@@ -150,7 +153,9 @@ class Judgement:
 
     @property
     def media_options(self) -> MediaOptions:
-        return MediaOptions(self.max_pixels, self.resize, self.fps, self.allow_remote)
+        return MediaOptions(
+            self.max_pixels, self.resize, self.fps, self.allow_remote, self.use_audio_in_video
+        )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Judgement":

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from flexjudge_fast.media.items import MediaItem
-from flexjudge_fast.media.prepared import MediaRun, PreparedMedia
+from flexjudge_fast.media.prepared import MediaRun
+from flexjudge_fast.models.mrope import PositionSpan
 
 
 @dataclass(frozen=True)
@@ -27,18 +28,19 @@ class Media:
     item: MediaItem
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Placeholder:
-    """A medium that was read, as the model expects it: `pad` for each embedding, between two brackets."""
+    """A medium that was read, as the ids the model expects: placeholders between brackets.
 
-    before: int
-    pad: int
-    after: int
-    media: PreparedMedia
+    Args:
+        token_ids: of all of it.
+        runs: which of them stand for embeddings, counted from its first token.
+        span: their positions, in the same way.
+    """
 
-    @property
-    def token_ids(self) -> list[int]:
-        return [self.before, *[self.pad] * self.media.num_tokens, self.after]
+    token_ids: tuple[int, ...]
+    runs: tuple[MediaRun, ...]
+    span: PositionSpan
 
 
 Segment = Scaffold | Text | Media | Placeholder
@@ -46,10 +48,11 @@ Segment = Scaffold | Text | Media | Placeholder
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids, and where media stand among them, in order."""
+    """Token ids, and where media stand among them, in order, with their positions."""
 
     token_ids: tuple[int, ...]
     media: tuple[MediaRun, ...] = ()
+    spans: tuple[PositionSpan, ...] = ()
 
     def __len__(self) -> int:
         return len(self.token_ids)

@@ -3,12 +3,14 @@
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tokenizers import Tokenizer as HFTokenizer
 
 from flexjudge_fast.errors import CheckpointError, PromptError, UnsupportedMediaError
 from flexjudge_fast.media.prepared import MediaRun
+from flexjudge_fast.models.mrope import PositionSpan
 from flexjudge_fast.prompts.segments import Media, Placeholder, Prompt, Scaffold, Segment
 
 # What Unicode calls white space; str.strip() alone would also take the separators U+001C to U+001F.
@@ -94,6 +96,7 @@ class Tokenizer:
         """
         ids: list[int] = []
         media: list[MediaRun] = []
+        spans: list[PositionSpan] = []
         plain: list[str] = []
         strip_left = False
 
@@ -111,7 +114,8 @@ class Tokenizer:
             if isinstance(segment, Placeholder):
                 flush()
                 strip_left = False
-                media.append(MediaRun(len(ids) + 1, segment.media))
+                media += [replace(run, start=len(ids) + run.start) for run in segment.runs]
+                spans.append(replace(segment.span, start=len(ids)))
                 ids += segment.token_ids
                 continue
             if not isinstance(segment, Scaffold):
@@ -127,7 +131,7 @@ class Tokenizer:
                 at = match.end()
             plain.append(segment.text[at:])
         flush()
-        return Prompt(tuple(ids), tuple(media))
+        return Prompt(tuple(ids), tuple(media), tuple(spans))
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token stands for; nothing for special tokens and unknown ids."""

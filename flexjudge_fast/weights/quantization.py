@@ -10,8 +10,10 @@ from flexjudge_fast.ops.quantize import quantize
 from flexjudge_fast.weights.formats import QuantFormat, find_format
 from flexjudge_fast.weights.tensor import QuantTensor, Weight
 
-_LAYER = re.compile(r"(model\.|model\.language_model\.)?layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight")
-_TABLE = re.compile(r"((.+\.)?embed_tokens|lm_head)\.weight")
+_LAYER = re.compile(
+    r"(model\.|model\.language_model\.|thinker\.model\.)?layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight"
+)
+_TABLE = re.compile(r"((.+\.)?embed_tokens|(thinker\.)?lm_head)\.weight")
 # What `flexjudge quantize` writes as config.json's `quantization_config`.
 OWN_CONFIG = {"quant_method": "flexjudge", "version": 1}
 _LAYER_FORMATS = {"int8": "I8_32", "int4": "Q4_1", "int4-g64": "I4_64", "int4-g128": "I4_128"}

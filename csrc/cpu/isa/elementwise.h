@@ -34,6 +34,43 @@ FJ_INLINE F swiglu(F gate, F up) {
   return mul(div(gate, add(set1(1.0f), exp(sub(zero(), gate)))), up);
 }
 
+// x * Phi(x) (Hendrycks & Gimpel 2016, the exact form); the error function by Abramowitz & Stegun 7.1.26, to 1.5e-7.
+FJ_INLINE F gelu(F x) {
+  const F z = abs(mul(x, set1(0.707106781f)));
+  const F t = div(set1(1.0f), fma(set1(0.3275911f), z, set1(1.0f)));
+  F p = set1(1.061405429f);
+  p = fma(p, t, set1(-1.453152027f));
+  p = fma(p, t, set1(1.421413741f));
+  p = fma(p, t, set1(-0.284496736f));
+  p = mul(fma(p, t, set1(0.254829592f)), t);
+  const F tail = mul(mul(p, exp(sub(zero(), mul(z, z)))), mul(set1(0.5f), abs(x)));  // |x| Phi(-|x|)
+  return sub(max(x, zero()), tail);
+}
+
+inline void gelu(float* x, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; i += 16) {
+    const int width = static_cast<int>(n - i < 16 ? n - i : 16);
+    store_n(x + i, gelu(load_n(x + i, width)), width);
+  }
+}
+
+// out = (x - mean(x)) / std(x) * weight + bias (Ba et al. 2016).
+inline void layer_norm(const float* x, const float* weight, const float* bias, float eps, std::int64_t n, float* out) {
+  F total = zero(), squares = zero();
+  for (std::int64_t i = 0; i < n; i += 16) total = add(total, load_n(x + i, static_cast<int>(n - i < 16 ? n - i : 16)));
+  const F mean = set1(sum(total) / static_cast<float>(n));
+  for (std::int64_t i = 0; i < n; i += 16) {
+    const int width = static_cast<int>(n - i < 16 ? n - i : 16);
+    const F v = keep_first(sub(load_n(x + i, width), mean), width, 0.0f);
+    squares = fma(v, v, squares);
+  }
+  const F factor = set1(1.0f / __builtin_sqrtf(sum(squares) / static_cast<float>(n) + eps));
+  for (std::int64_t i = 0; i < n; i += 16) {
+    const int width = static_cast<int>(n - i < 16 ? n - i : 16);
+    store_n(out + i, fma(mul(sub(load_n(x + i, width), mean), factor), load_n(weight + i, width), load_n(bias + i, width)), width);
+  }
+}
+
 // out = x / rms(x) * weight (Zhang & Sennrich 2019, eq. 4).
 inline void rms_norm(const float* x, const float* weight, float eps, std::int64_t n, float* out) {
   F squares = zero();

@@ -11,6 +11,7 @@
 
 namespace flexjudge::FJ_ISA {
 
+constexpr int kPlainTerms = 2;  // bytes of a quantised activation; a tower's weights are plain, so it has none
 constexpr std::int64_t kQueryBlock = 256;  // queries of a task, so that long segments go to several threads
 
 // One thread's memory for segments of up to `longest` patches.
@@ -30,6 +31,15 @@ struct SegmentScratch {
         room(longest + 16) {}
 };
 
+// A head's elements in whole vectors.
+inline std::int64_t padded(std::int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
+
+inline std::int64_t segment_scratch_bytes(std::int64_t longest, std::int64_t head_dim) {
+  Arena counter;
+  SegmentScratch(counter, longest, padded(head_dim));
+  return counter.used;
+}
+
 // qkv: [num_patches, 3, num_heads, head_dim]; out: [num_patches, num_heads, head_dim].
 struct SegmentCall {
   std::int64_t num_heads, head_dim;
@@ -39,7 +49,7 @@ struct SegmentCall {
   const float* part(std::int64_t patch, int which, std::int64_t head) const {
     return qkv + ((3 * patch + which) * num_heads + head) * head_dim;
   }
-  std::int64_t dim() const { return (head_dim + 15) / 16 * 16; }
+  std::int64_t dim() const { return padded(head_dim); }
 };
 
 // Keys as tiles [dim][16] and values as rows [dim], padded with zeros.

@@ -1,6 +1,7 @@
 // The kernel table of the instruction set that FJ_ISA names; the last include of each build.
 #pragma once
 
+#include "audio.h"
 #include "decoder.h"
 #include "sampler.h"
 #include "vision.h"
@@ -19,6 +20,8 @@ const Kernels FJ_TABLE = {
     FJ_ISA::draw_token,
     FJ_ISA::vision,
     FJ_ISA::vision_scratch_bytes,
+    FJ_ISA::audio,
+    FJ_ISA::audio_scratch_bytes,
 };
 
 }  // namespace flexjudge

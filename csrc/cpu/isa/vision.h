@@ -2,15 +2,12 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 
 #include "block.h"
 #include "segment_attention.h"
 
 namespace flexjudge::FJ_ISA {
-
-constexpr int kPlainTerms = 2;  // bytes of a quantised activation; the tower's weights are plain, so it has none
 
 inline BlockShape block_shape(const VisionTower& m) { return {m.hidden, m.intermediate, m.eps, kPlainTerms}; }
 
@@ -29,10 +26,8 @@ struct VisionMemory : BlockMemory {
       : BlockMemory(block_shape(m), width(m), panel(m), num_patches, num_threads, arena),
         qkv(arena.take<float>(num_patches * 3 * m.hidden)),
         attended(arena.take<float>(num_patches * m.hidden)),
-        merged(arena.take<float>(num_patches / m.merge * m.merge_in.rows())) {
-    Arena counter;
-    SegmentScratch(counter, longest_segment, (m.head_dim() + 15) / 16 * 16);
-    segment_bytes = counter.used;
+        merged(arena.take<float>(num_patches / m.merge * m.merge_in.rows())),
+        segment_bytes(segment_scratch_bytes(longest_segment, m.head_dim())) {
     segments = arena.take<std::uint8_t>(num_threads * segment_bytes);
   }
 };
@@ -42,7 +37,7 @@ class VisionRunner : BlockRunner {
  public:
   VisionRunner(const VisionTower& model, const VisionStep& step, const VisionMemory& memory, std::int64_t longest_segment, Team& team, int rank)
       : BlockRunner(block_shape(model), memory, step.num_patches, team, rank), m_(model), step_(step), memory_(memory),
-        arena_{memory.segments + rank * memory.segment_bytes}, segment_(arena_, longest_segment, (model.head_dim() + 15) / 16 * 16) {}
+        arena_{memory.segments + rank * memory.segment_bytes}, segment_(arena_, longest_segment, padded(model.head_dim())) {}
 
   void run() {
     embed();
@@ -84,7 +79,7 @@ class VisionRunner : BlockRunner {
     }
   }
 
-  // Norm, then two layers with GELU (Hendrycks & Gimpel 2016, the exact form) over `merge` patches at once.
+  // Norm, then two layers with GELU over `merge` patches at once.
   void merge() {
     const std::int64_t rows = step_.num_patches / m_.merge, columns = m_.merge_in.columns(), inner = m_.merge_in.rows();
     const Activations x = prepare(Forms({&m_.merge_in}), rows, columns, [&](std::int64_t t) {
@@ -96,9 +91,7 @@ class VisionRunner : BlockRunner {
     apply_linear<false>(m_.merge_in, x, memory_.merged, inner, scratch_, rank_, size_);
     team_.barrier();
     const Share share(rows, rank_, size_);
-    for (std::int64_t t = share.begin; t < share.end; ++t) {
-      for (float* v = memory_.merged + t * inner; v < memory_.merged + (t + 1) * inner; ++v) *v = 0.5f * *v * (1.0f + std::erf(*v * 0.70710678f));
-    }
+    for (std::int64_t t = share.begin; t < share.end; ++t) gelu(memory_.merged + t * inner, inner);
     team_.barrier();
     const Activations y = prepare(Forms({&m_.merge_out}), rows, inner, [&](std::int64_t t) { return memory_.merged + t * inner; });
     apply_linear<false>(m_.merge_out, y, step_.out, m_.merge_out.rows(), scratch_, rank_, size_);

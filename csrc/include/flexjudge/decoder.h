@@ -120,6 +120,8 @@ struct Banned {
 
 struct VisionTower;  // vision.h
 struct VisionStep;
+struct AudioTower;  // audio.h
+struct AudioStep;
 
 // The kernels of one instruction set. Those with a team are called by each of its ranks, with the same arguments,
 // and use `scratch`: `*_scratch_bytes` bytes, 64-byte aligned, shared by the team.
@@ -139,6 +141,8 @@ struct Kernels {
   std::int64_t (*draw_token)(const float* row, std::int64_t size, const Banned& banned, const Draw& draw);
   void (*vision)(const VisionTower& model, const VisionStep& step, std::uint8_t* scratch, Team& team, int rank);
   std::int64_t (*vision_scratch_bytes)(const VisionTower& model, const VisionStep& step, int threads);
+  void (*audio)(const AudioTower& model, const AudioStep& step, std::uint8_t* scratch, Team& team, int rank);
+  std::int64_t (*audio_scratch_bytes)(const AudioTower& model, const AudioStep& step, int threads);
 };
 
 // The best kernels that this processor runs where `name` is null or empty, else those called "scalar", "avx2",

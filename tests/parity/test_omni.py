@@ -1,0 +1,210 @@
+"""Qwen2.5-Omni's Thinker: logits and greedy tokens of transformers for sound, images, video, and video that is heard."""
+
+import numpy as np
+import pytest
+import torch
+
+from flexjudge_fast import Engine, SamplingParams
+from flexjudge_fast.engine.engine import EngineInput
+from flexjudge_fast.media.items import MediaItem, MediaOptions
+from tests.models import AUDIO_PREPROCESSOR, PREPROCESSOR, write_omni_checkpoint
+from tests.parity.test_vision_language import clip, picture, video_patches
+
+GREEDY = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
+RATE = 16000
+
+
+def sound(seconds, seed=0):
+    """Tones that come and go, and some noise."""
+    rng = np.random.default_rng(seed)
+    time = np.arange(int(seconds * RATE)) / RATE
+    tones = sum(np.sin(2 * np.pi * rng.uniform(100, 3000) * time) for _ in range(3))
+    return (0.1 * tones * np.sin(3 * time) + 0.01 * rng.standard_normal(len(time))).astype(np.float32)
+
+
+def user(*parts):
+    """Messages of one turn: strings, PIL images, lists of frames, arrays of samples."""
+    content = []
+    for part in parts:
+        if isinstance(part, str):
+            content.append({"type": "text", "text": part})
+        elif isinstance(part, np.ndarray):
+            content.append({"type": "audio", "audio": (part, RATE)})
+        else:
+            kind = "video" if isinstance(part, list) else "image"
+            content.append({"type": kind, kind: part})
+    return [{"role": "system", "content": "Judge."}, {"role": "user", "content": content}]
+
+
+class Oracle:
+    """transformers' answer; sounds and images go through its own processors, positions come from itself."""
+
+    def __init__(self, model):
+        from transformers import WhisperFeatureExtractor
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+        self.model = model
+        size = {"shortest_edge": PREPROCESSOR["min_pixels"], "longest_edge": PREPROCESSOR["max_pixels"]}
+        self.images = Qwen2VLImageProcessorPil(size=size)
+        self.sounds = WhisperFeatureExtractor(**AUDIO_PREPROCESSOR)
+
+    def inputs(self, prompt, images, sounds):
+        ids = torch.tensor([prompt.token_ids])
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if images:
+            given |= self.images(images, return_tensors="pt")
+        if sounds:
+            found = self.sounds(
+                sounds,
+                sampling_rate=RATE,
+                padding="max_length",
+                return_attention_mask=True,
+                return_tensors="pt",
+            )
+            given["input_features"] = found["input_features"]
+            given["feature_attention_mask"] = found["attention_mask"]
+        videos = list(
+            {run.media.key: run.media for run in prompt.media if run.media.kind == "video"}.values()
+        )
+        if videos:
+            given["pixel_values_videos"] = torch.cat([video_patches(media.frames) for media in videos])
+            given["video_grid_thw"] = torch.tensor([media.grid for media in videos])
+            given["video_second_per_grid"] = torch.tensor([media.seconds_per_grid for media in videos])
+            given["use_audio_in_video"] = videos[0].sound is not None
+        return given
+
+    def answer(self, prompt, images=(), sounds=(), count=32):
+        """Logits of the prompt [num_tokens, vocab] and `count` greedy tokens."""
+        given = self.inputs(prompt, list(images), list(sounds))
+        self.model.model.rope_deltas = None
+        with torch.inference_mode():
+            out = self.model(**given, use_cache=True)
+            logits, tokens = out.logits[0], [int(out.logits[0, -1].argmax())]
+            for i in range(count - 1):
+                place = len(prompt) + i + int(self.model.model.rope_deltas)
+                step = {
+                    "input_ids": torch.tensor([[tokens[-1]]]),
+                    "position_ids": torch.full((3, 1, 1), place),
+                }
+                out = self.model(**step, past_key_values=out.past_key_values, use_cache=True)
+                tokens.append(int(out.logits[0, -1].argmax()))
+        return logits, tokens
+
+
+def media_of(messages):
+    """Images and sounds of a turn, as the oracle takes them."""
+    parts = messages[1]["content"]
+    return [p["image"] for p in parts if p["type"] == "image"], [
+        p["audio"][0] for p in parts if p["type"] == "audio"
+    ]
+
+
+CASES = {
+    "one sound": user("What is this? ", sound(1.0), "Say."),
+    "odd lengths": user(sound(0.777, 1), "and", sound(2.3456, 2), sound(0.031, 3), "which?"),
+    "several windows": user(sound(6.54321, 4), "a long one"),
+    "sound and image": user("first", sound(0.5, 5), "then", picture(84, 112), "end"),
+    "everything": user(picture(60, 90), sound(1.3, 6), "between", clip(5, 70, 98), sound(0.4, 7), "end"),
+    "video unheard": user("A clip: ", clip(6, 84, 56)),
+    "images": user(picture(140, 100), picture(56, 56, 1), "two"),
+    "text": user("nothing to see or hear"),
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("omni")
+    return folder, Oracle(write_omni_checkpoint(folder))
+
+
+@pytest.fixture(scope="module")
+def engine(tiny):
+    return Engine.from_pretrained(tiny[0], kv_cache_memory="256MiB")
+
+
+@pytest.fixture(scope="module")
+def answers(tiny, engine):
+    """Of all cases, from transformers."""
+    return {name: tiny[1].answer(engine.encode(m), *media_of(m)) for name, m in CASES.items()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_and_greedy(engine, answers, name):
+    logits, tokens = answers[name]
+    assert (engine.logits(CASES[name]) - logits).abs().max() < 1e-4
+    assert list(engine.generate([CASES[name]], GREEDY)[0].token_ids) == tokens
+
+
+@pytest.mark.parametrize("backend", ["compiled", "reference"])
+def test_batch_cold_and_warm(tiny, answers, backend, monkeypatch):
+    from flexjudge_fast.ops.backend import has_compiled_ops
+
+    if backend == "reference":
+        monkeypatch.setenv("FLEXJUDGE_BACKEND", "reference")
+    has_compiled_ops.cache_clear()
+    try:
+        engine = Engine.from_pretrained(tiny[0], kv_cache_memory="256MiB")
+        for turn in ("cold", "warm"):
+            found = engine.generate(list(CASES.values()), GREEDY)
+            assert [list(c.token_ids) for c in found] == [tokens for _, tokens in answers.values()], turn
+        engine.check_integrity()
+    finally:
+        monkeypatch.undo()
+        has_compiled_ops.cache_clear()
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 50])
+def test_chunks_inside_media(tiny, answers, chunk):
+    engine = Engine.from_pretrained(
+        tiny[0], kv_cache_memory="64MiB", max_batched_tokens=chunk, max_num_seqs=4
+    )
+    names = ("odd lengths", "everything")
+    found = engine.generate([CASES[name] for name in names], GREEDY)
+    assert [list(c.token_ids) for c in found] == [answers[name][1] for name in names]
+
+
+@pytest.mark.parametrize(
+    ("frames", "seconds", "fps"), [(6, 3.0, 2.0), (9, 2.5, 1.0), (4, 7.3, 1.0), (12, 1.0, 4.0)]
+)
+def test_video_that_is_heard(tiny, engine, frames, seconds, fps):
+    """Frames and sound in turns: the sound as long as the video, longer, and shorter."""
+    from dataclasses import replace
+
+    options = MediaOptions(fps=fps)
+    (video,) = engine.read_media([MediaItem("video", clip(frames, 84, 56))], options)
+    track = sound(seconds, 9)
+    (heard,) = engine.read_media([MediaItem("audio", (track, RATE))], options)
+    both = replace(video.result(), sound=heard.result())
+    messages = user("before", "", "after")
+    messages[1]["content"][1] = {"type": "video", "video": both}
+    prompt = engine.encode(messages)
+    logits, tokens = tiny[1].answer(prompt, sounds=[track])
+    assert (engine.logits(prompt) - logits).abs().max() < 1e-4
+    assert list(engine.generate([prompt], GREEDY)[0].token_ids) == tokens
+
+
+def test_the_whole_checkpoint(tmp_path):
+    """As published: the Thinker under its prefix, beside a talker that is never read."""
+    oracle = Oracle(write_omni_checkpoint(tmp_path, whole=True, seed=4))
+    messages = CASES["everything"]
+    for quantization in (None, "int8"):
+        engine = Engine.from_pretrained(tmp_path, kv_cache_memory="64MiB", quantization=quantization)
+        prompt = engine.encode(messages)
+        logits, tokens = oracle.answer(prompt, *media_of(messages))
+        if quantization is None:
+            assert (engine.logits(prompt) - logits).abs().max() < 1e-4
+            assert list(engine.generate([prompt], GREEDY)[0].token_ids) == tokens
+        else:
+            assert 1e-4 < (engine.logits(prompt) - logits).abs().max() < 10  # its layers are quantised
+
+
+def test_same_bits_in_any_company(tiny):
+    alone = Engine.from_pretrained(tiny[0], kv_cache_memory="64MiB")
+    wanted = alone.logits(CASES["everything"])
+    for options in ({}, {"max_batched_tokens": 37}, {"num_threads": 1}):
+        engine = Engine.from_pretrained(tiny[0], kv_cache_memory="64MiB", **options)
+        names = ("odd lengths", "everything", "several windows")
+        params = SamplingParams(max_tokens=1)
+        inputs = [EngineInput(engine.encode(CASES[name]), params, all_logits=True) for name in names]
+        found = {output.index: output.logits for output in engine.run(inputs)}
+        assert torch.equal(found[1], wanted), options
