@@ -18,6 +18,7 @@ from flexjudge_fast.cli_options import (
     MaxPixels,
     Model,
     Order,
+    Remote,
     ResizeText,
     ResponseImages,
     Responses,
@@ -70,6 +71,7 @@ def score(
     resize: ResizeText = None,
     max_pixels: MaxPixels = None,
     fps: Fps = None,
+    allow_remote: Remote = False,
 ) -> None:
     """Score one response."""
     options = _checked(judgement_options, locals())
@@ -100,6 +102,7 @@ def _command_for(kind: str, text: str) -> None:
         resize: ResizeText = None,
         max_pixels: MaxPixels = None,
         fps: Fps = None,
+        allow_remote: Remote = False,
     ) -> None:
         options = _checked(judgement_options, locals())
         _judge_one(kind, instruction, responses or [], _Call(model, as_json, options))
@@ -130,6 +133,7 @@ def run(
     resize: ResizeText = None,
     max_pixels: MaxPixels = None,
     fps: Fps = None,
+    allow_remote: Remote = False,
     resume: Annotated[bool, typer.Option(help="Keep the verdicts that are there, judge the rest.")] = False,
 ) -> None:
     """Judge every line of a file; a verdict is on disk as soon as it is reached."""

@@ -40,6 +40,7 @@ ResizeText = Annotated[
     typer.Option("--resize", help="Of every image and frame: 448x448, to whole patches."),
 ]
 MaxPixels = Annotated[Optional[int], typer.Option(help="Most pixels of an image or frame.")]  # noqa: UP045
+Remote = Annotated[bool, typer.Option("--allow-remote", help="Fetch http(s) URLs of images.")]
 Fps = Annotated[Optional[float], typer.Option(help="Frames per second taken from a video.")]  # noqa: UP045
 
 _SAME = ("rubric", "votes", "order", "seed", "temperature", "max_think_tokens", "max_pixels", "fps")
@@ -54,6 +55,8 @@ def judgement_options(given: dict[str, Any]) -> dict[str, Any]:
     for name in ("image", "video"):
         if given.get(name):
             options[name + "s"] = given[name]
+    if given.get("allow_remote"):
+        options["allow_remote"] = True
     if given.get("scale") is not None:
         options["scale"] = _scale(given["scale"])
     if given.get("resize") is not None:

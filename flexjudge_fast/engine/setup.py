@@ -97,7 +97,7 @@ def load_parts(
     if vision is not None:
         tower = load_vision(checkpoint, vision, decoder, picked, where, num_threads)
         processor = _processor(checkpoint, vision)
-        cache = _encoder_cache(config, checkpoint, picked)
+        cache = _encoder_cache(config, checkpoint, picked, vision)
         encoder = EncoderRunner(tower, processor, cache, config.max_encoder_patches, where, num_threads)
         media = MediaParts(VisionInput(vision), MediaReader(processor), encoder)
     checkpoint.start_hashing()
@@ -168,14 +168,17 @@ def _processor(checkpoint: Checkpoint, vision: VisionConfig) -> VisionProcessor:
     return processor
 
 
-def _encoder_cache(config: EngineConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> EncoderCache:
+def _encoder_cache(
+    config: EngineConfig, checkpoint: Checkpoint, dtype: torch.dtype, vision: VisionConfig
+) -> EncoderCache:
     store = None
     if config.encoder_cache_dir is not None:
         # What embeddings depend on beside the medium; the media's keys hold the processor's settings.
-        salt = f"{checkpoint.weights_hash()} {dtype} {isa()}".encode()
+        salt = f"{checkpoint.weights_hash()} {dtype} {isa()} {vision}".encode()
         limit = parse_bytes("encoder_cache_disk", config.encoder_cache_disk)
         store = EncoderStore(Path(config.encoder_cache_dir), limit, salt)
-    return EncoderCache(parse_bytes("encoder_cache_memory", config.encoder_cache_memory), store)
+    memory = config.encoder_cache_memory
+    return EncoderCache(parse_bytes("encoder_cache_memory", memory) if memory else 0, store)
 
 
 def _eos_ids(checkpoint: Checkpoint, tokenizer: Tokenizer) -> frozenset[int]:
