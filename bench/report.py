@@ -46,8 +46,14 @@ def _cell(rows: Sequence[Row], engine: str, task: str) -> str:
         if engine_beside := next((r for r in mine if r.engine in engine), None):
             mine = [engine_beside]
         if mine:
-            text += "\nours " + ", ".join(f"{r.median / row.median:.2f}x" for r in mine)
+            text += "\nours " + ", ".join(f"{_times_as_good(r, row):.2f}x" for r in mine)
     return text + (f"\n{row.note}" if row.note else "")
+
+
+def _times_as_good(ours: Row, theirs: Row) -> float:
+    """Of speeds, how many times as fast; of times, how many times as short."""
+    is_time = ours.unit.split()[0] in ("s", "ms")
+    return theirs.median / ours.median if is_time else ours.median / theirs.median
 
 
 def _number(value: float) -> str:

@@ -21,15 +21,7 @@ def picture(color: str) -> Image.Image:
     return image
 
 
-def main() -> None:
-    model = sys.argv[1] if len(sys.argv) > 1 else None
-    if model is None:
-        sys.path.insert(0, str(Path(__file__).parent))
-        from make_tiny_vl import write
-
-        model = tempfile.mkdtemp()
-        write(Path(model))
-        print("a tiny model with random weights: its verdict means nothing\n")
+def judge_two(model: str) -> None:
     judge = Judge.from_pretrained(model)
     verdict = judge.compare(
         "Draw a red circle.",
@@ -39,6 +31,18 @@ def main() -> None:
     )
     print(verdict)
     print(f"{judge.engine.stats().num_encoded_media} pictures encoded for {len(verdict.votes)} votes")
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        return judge_two(sys.argv[1])
+    sys.path.insert(0, str(Path(__file__).parent))
+    from make_tiny_vl import write
+
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder))
+        print("a tiny model with random weights: its verdict means nothing\n")
+        return judge_two(folder)
 
 
 if __name__ == "__main__":

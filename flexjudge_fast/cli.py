@@ -20,6 +20,7 @@ from flexjudge_fast.cli_options import (
     MaxPixels,
     Model,
     Order,
+    Remote,
     ResizeText,
     ResponseAudios,
     ResponseImages,
@@ -76,6 +77,7 @@ def score(
     resize: ResizeText = None,
     max_pixels: MaxPixels = None,
     fps: Fps = None,
+    allow_remote: Remote = False,
 ) -> None:
     """Score one response."""
     options = _checked(judgement_options, locals())
@@ -109,6 +111,7 @@ def _command_for(kind: str, text: str) -> None:
         resize: ResizeText = None,
         max_pixels: MaxPixels = None,
         fps: Fps = None,
+        allow_remote: Remote = False,
     ) -> None:
         options = _checked(judgement_options, locals())
         _judge_one(kind, instruction, responses or [], _Call(model, as_json, options))
@@ -140,6 +143,7 @@ def run(
     resize: ResizeText = None,
     max_pixels: MaxPixels = None,
     fps: Fps = None,
+    allow_remote: Remote = False,
     resume: Annotated[bool, typer.Option(help="Keep the verdicts that are there, judge the rest.")] = False,
 ) -> None:
     """Judge every line of a file; a verdict is on disk as soon as it is reached."""

@@ -27,9 +27,7 @@ ThinkTokens = Annotated[
 ]
 Images = Annotated[Optional[list[str]], typer.Option("--image", help="An image of the question; repeatable.")]  # noqa: UP045
 Videos = Annotated[Optional[list[str]], typer.Option("--video", help="A video of the question; repeatable.")]  # noqa: UP045
-Audios = Annotated[
-    Optional[list[str]], typer.Option("--audio", help="A recording of the question; repeatable.")
-]  # noqa: UP045
+Audios = Annotated[list[str] | None, typer.Option("--audio", help="A recording of the question; repeatable.")]
 ResponseAudios = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option(
@@ -50,6 +48,7 @@ ResizeText = Annotated[
     typer.Option("--resize", help="Of every image and frame: 448x448, to whole patches."),
 ]
 MaxPixels = Annotated[Optional[int], typer.Option(help="Most pixels of an image or frame.")]  # noqa: UP045
+Remote = Annotated[bool, typer.Option("--allow-remote", help="Fetch http(s) URLs of images.")]
 Fps = Annotated[Optional[float], typer.Option(help="Frames per second taken from a video.")]  # noqa: UP045
 
 _SAME = ("rubric", "votes", "order", "seed", "temperature", "max_think_tokens", "max_pixels", "fps")
@@ -66,6 +65,8 @@ def judgement_options(given: dict[str, Any]) -> dict[str, Any]:
             options[name + "s"] = given[name]
     if given.get("use_audio_in_video"):
         options["use_audio_in_video"] = True
+    if given.get("allow_remote"):
+        options["allow_remote"] = True
     if given.get("scale") is not None:
         options["scale"] = _scale(given["scale"])
     if given.get("resize") is not None:

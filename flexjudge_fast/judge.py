@@ -3,16 +3,17 @@
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from flexjudge_fast.engine.completion import Completion
 from flexjudge_fast.engine.engine import Engine, EngineInput, EngineOutput
 from flexjudge_fast.engine.sampling_params import SamplingParams
 from flexjudge_fast.errors import FlexJudgeError, InvalidArgumentError
 from flexjudge_fast.media.prepared import AnyMedia
+from flexjudge_fast.media.reader import result_of
 from flexjudge_fast.prompts.builder import build_messages
 from flexjudge_fast.prompts.formats import Kind
 from flexjudge_fast.prompts.grammar import AnswerGrammar
@@ -23,7 +24,6 @@ from flexjudge_fast.verdict import Provenance, Usage, Verdict, VerdictTimings
 
 ResponseLike = str | Response
 Stream = Callable[["TextEvent"], None]
-_Reading = Callable[[], Mapping[str, AnyMedia]]  # waits for a judgement's media
 _MEDIA_AHEAD = 8  # judgements whose media are read before they are needed
 
 
@@ -46,6 +46,31 @@ class _Open:
     template: PromptTemplate
     orders: list[tuple[int, ...]]
     outputs: dict[int, EngineOutput] = field(default_factory=dict)
+
+
+@dataclass
+class _Reading:
+    """A judgement's media while they are read: their names and futures, or why they cannot be."""
+
+    names: Sequence[str] = ()
+    futures: "Sequence[Future[AnyMedia]]" = ()
+    error: FlexJudgeError | None = None
+
+    def pending(self) -> "Iterator[Future[AnyMedia]]":
+        """What is still to wait for, again and again until nothing is."""
+        for future in self.futures:
+            while not future.done():
+                yield future
+
+    def result(self) -> dict[str, AnyMedia]:
+        """By name. Raises what went wrong."""
+        if self.error is not None:
+            raise self.error
+        return {name: result_of(future) for name, future in zip(self.names, self.futures, strict=True)}
+
+    def cancel(self) -> None:
+        for future in self.futures:
+            future.cancel()
 
 
 class Judge:
@@ -161,11 +186,12 @@ class Judge:
     ) -> Iterator[Verdict]:
         places: dict[int, tuple[_Open, int]] = {}  # engine input index to judgement and order
 
-        def inputs() -> Iterator[EngineInput | Exception]:
+        def inputs() -> Iterator[EngineInput | Exception | Future[AnyMedia]]:
             count = 0
             for index, judgement, reading in self._read_ahead(judgements):
+                yield from reading.pending()
                 try:
-                    opened, items = self._inputs(judgement, index, reading())
+                    opened, items = self._inputs(judgement, index, reading.result())
                 except FlexJudgeError as error:
                     opened, items = _Open(index, judgement, self.template, [()]), [error]
                 for place, item in enumerate(items):
@@ -191,12 +217,16 @@ class Judge:
     def _read_ahead(self, judgements: Iterable[Judgement]) -> Iterator[tuple[int, Judgement, "_Reading"]]:
         """Judgements with their media; those of the next few are read in threads meanwhile."""
         ahead: deque[tuple[int, Judgement, _Reading]] = deque()
-        for index, judgement in enumerate(judgements):
-            ahead.append((index, judgement, self._start_reading(judgement, index)))
-            # One without media is not held back: its caller may wait for the verdict before the next.
-            while ahead and (len(ahead) > _MEDIA_AHEAD or not getattr(ahead[0][1], "media", ())):
+        try:
+            for index, judgement in enumerate(judgements):
+                ahead.append((index, judgement, self._start_reading(judgement, index)))
+                while ahead and (len(ahead) > _MEDIA_AHEAD or not ahead[0][2].futures):
+                    yield ahead.popleft()
+            while ahead:
                 yield ahead.popleft()
-        yield from ahead
+        finally:
+            for _, _, reading in ahead:
+                reading.cancel()
 
     def _start_reading(self, judgement: Judgement, index: int) -> "_Reading":
         try:
@@ -206,9 +236,9 @@ class Judge:
                 )
             items = judgement.media
             futures = self.engine.read_media(items, judgement.media_options) if items else []
+            return _Reading([item.name for item in items], futures)
         except FlexJudgeError as error:
-            return partial(_raise, error)
-        return lambda: {item.name: future.result() for item, future in zip(items, futures, strict=True)}
+            return _Reading(error=error)
 
     def _inputs(
         self, judgement: Judgement, index: int = 0, media: Mapping[str, AnyMedia] | None = None
@@ -286,10 +316,6 @@ def _orders(judgement: Judgement, media: Mapping[str, AnyMedia]) -> list[tuple[i
     shuffled = list(fixed)
     random.Random(content).shuffle(shuffled)
     return [tuple(shuffled)]
-
-
-def _raise(error: Exception) -> NoReturn:
-    raise error
 
 
 def _timings(completions: Sequence[Completion]) -> VerdictTimings:

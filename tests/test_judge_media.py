@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flexjudge_fast import Engine, Judge, Judgement, MediaError, Response, UnsupportedMediaError, Verdict
+from flexjudge_fast import (
+    Engine,
+    EngineStateError,
+    Judge,
+    Judgement,
+    MediaError,
+    Response,
+    UnsupportedMediaError,
+    Verdict,
+)
 from flexjudge_fast.prompts.builder import build_messages
 from tests.models import write_checkpoint, write_vision_checkpoint
 
@@ -158,6 +167,8 @@ def test_images_of_one_size_are_never_mixed_up(folder, judge):
         {"images": ("https://example.com/a.png",)},
         {"audios": (b"RIFF",)},
         {"images": (3.5,)},
+        {"images": ("http://[x/y.png",), "allow_remote": True},
+        {"videos": (memoryview(bytes(range(200)))[::2],)},
     ],
 )
 def test_a_bad_medium_fails_alone(judge, bad):
@@ -171,6 +182,59 @@ def test_a_bad_medium_fails_alone(judge, bad):
     assert [plain(found[i]) for i in (0, 2, 3)] == wanted
     with pytest.raises((MediaError, UnsupportedMediaError)):
         judge.score("Q", "A", **bad)
+
+
+def test_one_lazy_image_in_many_places(judge, tmp_path):
+    """Pillow decodes where an image is first used; threads must not do so side by side."""
+    path = tmp_path / "a.png"
+    picture(1, 600, 500).save(path)
+    wanted = plain(
+        judge.compare("Q", [Response(image=path), Response("t", image=path)], images=[path], **QUICK)
+    )
+    for _ in range(5):
+        lazy = Image.open(path)
+        items = [Response(image=lazy), Response("t", image=lazy)]
+        assert plain(judge.compare("Q", items, images=[lazy], **QUICK)) == wanted
+    assert judge.engine.stats().num_encoded_media == 1
+
+
+def test_positions_at_the_edge_of_the_context(judge):
+    """Sparse frames reach far: refused where no answer would fit behind them, and nobody else is hurt."""
+    good = Judgement("score", "Q", ("A",), images=(picture(1),), **QUICK)
+    wanted = next(judge.run([good]))
+    seen = set()
+    for step in (10, *range(2900, 4000, 50)):  # positions that the second pair of frames is further on
+        far = Judgement("score", "Q", ("A",), videos=(clip(1, 4),), fps=4 / step, **QUICK)
+        found = {v.index: v for v in judge.run([far, good])}
+        assert plain(found[1]) == plain(wanted)
+        seen.add(found[0].finish_reason)
+        if found[0].error:
+            assert found[0].error.startswith("RequestTooLargeError")
+    assert seen == {"answer", "error"}
+
+
+def test_resize_holds_for_frames_too(judge):
+    from flexjudge_fast.media.items import MediaItem, MediaOptions
+
+    for size in ((224, 224), (56, 84), (448, 336)):
+        (read,) = judge.engine.read_media([MediaItem("video", clip(1))], MediaOptions(resize=size))
+        assert read.result().frames.shape[1:3] == (size[1], size[0])
+
+
+def test_small_encoder_memory_encodes_once(folder):
+    for memory in (0, 64):
+        options = {"encoder_cache_memory": memory, "max_batched_tokens": 32, "kv_cache_memory": "32MiB"}
+        with Engine.from_pretrained(folder, **options) as engine:
+            Judge(engine).score("Q", "A", images=[picture(1, 500, 400)], **QUICK)
+            assert engine.stats().num_encoded_media == 1
+
+
+def test_closed_engines_say_so(folder):
+    engine = Engine.from_pretrained(folder, kv_cache_memory="32MiB")
+    engine.close()
+    engine.close()
+    with pytest.raises(EngineStateError):
+        Judge(engine).score("Q", "A", images=[picture(1)])
 
 
 def test_every_source_of_an_image_is_the_same(judge, tmp_path):
@@ -252,6 +316,12 @@ def test_embeddings_on_disk_outlive_the_engine(folder, tmp_path):
     with Engine.from_pretrained(other, **options) as engine:
         Judge(engine).score("Q", "A", images=[picture(1)], **QUICK)
         assert engine.stats().num_encoded_media == 1  # another model's embeddings are not taken
+    config = json.loads((other / "config.json").read_text())
+    config["vision_config"]["fullatt_block_indexes"] = []
+    (other / "config.json").write_text(json.dumps(config))
+    with Engine.from_pretrained(other, **options) as engine:
+        Judge(engine).score("Q", "A", images=[picture(1)], **QUICK)
+        assert engine.stats().num_encoded_media == 1  # nor those of other maths on the same weights
 
 
 def test_a_text_model_says_what_it_reads(tmp_path):

@@ -29,7 +29,7 @@ class EngineConfig:
             "float16" or "int8", which halves bfloat16's memory: 8-bit codes and a float scale per token and
             KV head.
         prefix_caching: keep computed prefixes for later requests.
-        encoder_cache_memory: bytes, or a string such as "512MiB", for embeddings of images and video.
+        encoder_cache_memory: bytes, or a string such as "512MiB", for embeddings of media; 0 keeps none.
         encoder_cache_dir: a folder where embeddings are kept beyond the process; none when `None`.
         encoder_cache_disk: the most that folder may hold, as bytes or a string.
         max_encoder_patches: patches that are encoded at once; it bounds the memory of a pass.
@@ -78,7 +78,7 @@ class EngineConfig:
         if fraction is not None and not 0 < fraction <= 1:
             raise InvalidArgumentError(f"kv_cache_fraction={fraction!r}: must be above 0 and at most 1")
         for name in ("kv_cache_memory", "encoder_cache_memory", "encoder_cache_disk"):
-            if getattr(self, name) is not None:
+            if getattr(self, name) is not None and (name, getattr(self, name)) != ("encoder_cache_memory", 0):
                 parse_bytes(name, getattr(self, name))
 
 

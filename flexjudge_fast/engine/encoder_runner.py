@@ -42,8 +42,8 @@ class EncoderRunner:
 
     Args:
         hearing: the tower for recordings, of a model that has one.
-        max_patches: the most that are encoded at once, unless one medium alone has more: a bound on memory. Two
-            frames of a spectrogram count as one.
+        max_patches: the most that are encoded at once, unless one medium alone has more: a bound on memory.
+            Two frames of a spectrogram count as one.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class EncoderRunner:
         self.max_patches = max_patches
         self.device = device
         self.num_encoded = 0  # media
+        self._last: dict[bytes, torch.Tensor] = {}  # of the batch before: a chunk may end inside a medium
 
     def run(self, batch: Batch) -> dict[bytes, torch.Tensor]:
         """By content key, [num_tokens, hidden] of each medium whose placeholders this batch computes."""
@@ -68,13 +69,16 @@ class EncoderRunner:
         for media in _needed(batch):
             if media.key in found or media.key in missing:
                 continue
-            cached = self.cache.get(media.key)
+            cached = self._last.get(media.key)
+            if cached is None:
+                cached = self.cache.get(media.key)
             if cached is None:
                 missing[media.key] = media
             else:
                 found[media.key] = cached.to(self.device)
         for group in self._groups(missing):
             found |= self._encode(group)
+        self._last = found
         return found
 
     def _groups(self, media: Mapping[bytes, AnyMedia]) -> Iterator[list[AnyMedia]]:

@@ -5,9 +5,10 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -21,18 +22,12 @@ from flexjudge_fast.engine.setup import EngineParts, load_parts
 from flexjudge_fast.engine.stats import EngineStats
 from flexjudge_fast.engine.step import Stepper
 from flexjudge_fast.errors import EngineStateError, InvalidArgumentError, RequestTooLargeError
+from flexjudge_fast.media.items import MediaItem, MediaOptions
+from flexjudge_fast.media.prepared import AnyMedia
 from flexjudge_fast.prompts.grammar import AnswerGrammar
 from flexjudge_fast.prompts.segments import Prompt
 
-if TYPE_CHECKING:
-    from concurrent.futures import Future
-
-    from flexjudge_fast.media.items import MediaItem, MediaOptions
-    from flexjudge_fast.media.prepared import AnyMedia
-
 TextCallback = Callable[[int, int, str], None]
-
-
 _MOST_MEDIA_BYTES = 512 << 20  # pixels of one call's inputs, before no more are drawn
 
 
@@ -176,7 +171,7 @@ class Engine:
         self._check_usable()
         return self._parts.prompts.encode(prompt)
 
-    def read_media(self, items: "Sequence[MediaItem]", options: "MediaOptions") -> "list[Future[AnyMedia]]":
+    def read_media(self, items: Sequence[MediaItem], options: MediaOptions) -> list[Future[AnyMedia]]:
         """Start to decode and resize media, in threads.
 
         Raises:
@@ -188,7 +183,7 @@ class Engine:
 
     def run(
         self,
-        inputs: Iterable[EngineInput | Exception],
+        inputs: Iterable[EngineInput | Exception | Future[Any]],
         on_text: TextCallback | None = None,
         window: int | None = None,
     ) -> Iterator[EngineOutput]:
@@ -196,23 +191,29 @@ class Engine:
 
         Inputs are drawn lazily, `window` ahead, so an endless iterable is fine. Leaving the iterator early
         cancels what is in flight. An input that cannot run yields an output with its `error`; an error in
-        place of an input is passed on in the same way.
+        place of an input is passed on in the same way. A future in its place says that the next input waits
+        for it; what is in flight goes on meanwhile.
 
         Args:
             on_text: called with (input index, sample index, new text) after each step.
         """
         self._check_usable()
         run = _Run()
-        source = iter(enumerate(inputs))
+        source, count = iter(inputs), 0
         window = window or 2 * self._parts.scheduler.limits.max_num_seqs
         exhausted = False
         try:
             while True:
                 while not exhausted and len(run.open) + len(run.outputs) < window and run.has_room:
-                    entry = next(source, None)
-                    exhausted = entry is None
-                    if entry is not None:
-                        self._submit(run, *entry)
+                    item = next(source, None)
+                    exhausted = item is None
+                    if isinstance(item, Future):
+                        if run.open or run.outputs:
+                            break
+                        wait([item])
+                    elif item is not None:
+                        self._submit(run, count, item)
+                        count += 1
                 if run.open and not run.outputs:
                     self._step()
                 _emit(run, on_text)
@@ -239,6 +240,8 @@ class Engine:
 
     def close(self) -> None:
         """Refuse further calls and drop the model's memory."""
+        if self._closed:
+            return
         self._closed = True
         self._parts.prompts.close()
         self._parts.runner.release()
@@ -269,10 +272,11 @@ class Engine:
         need = len(item.prompt) + (0 if item.all_logits else 1)
         if item.grammar is not None:
             need += item.grammar.start().reserve()
-        positions = self._parts.prompts.positions(item.prompt)
-        if positions is not None and positions.max() >= self.max_model_len:
+        ahead = self._parts.prompts.positions_ahead(item.prompt)
+        if need + ahead > self.max_model_len:
             raise RequestTooLargeError(
-                f"the prompt's media reach position {positions.max()}; the context holds {self.max_model_len}"
+                f"the prompt has {len(item.prompt)} tokens and needs room for {need}; its media reach "
+                f"{ahead} positions further; the context holds {self.max_model_len}"
             )
         if need > self._room:
             raise RequestTooLargeError(
@@ -291,8 +295,7 @@ class Engine:
             return
         params, parts = item.params, self._parts
         eos = frozenset() if params.ignore_eos else parts.eos_ids
-        positions = self._parts.prompts.positions(item.prompt)
-        ahead = 0 if positions is None else max(0, int(positions.max()) + 1 - len(item.prompt))
+        ahead = parts.prompts.positions_ahead(item.prompt)
         with self._lock:
             request = Request(
                 id=self._new_id(),
@@ -302,7 +305,7 @@ class Engine:
                 stop_ids=eos | frozenset(params.stop_token_ids),
                 max_len=min(self._room, self.max_model_len - ahead, len(item.prompt) + params.max_tokens),
                 media=item.prompt.media,
-                positions=positions,
+                positions=parts.prompts.positions(item.prompt),
                 grammar=None if item.grammar is None else item.grammar.start(),
                 all_logits=item.all_logits,
                 samples=params.n,

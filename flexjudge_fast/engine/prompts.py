@@ -11,7 +11,7 @@ from flexjudge_fast.engine.media_input import MediaInput
 from flexjudge_fast.errors import InvalidArgumentError, UnsupportedMediaError
 from flexjudge_fast.media.items import MediaItem, MediaOptions
 from flexjudge_fast.media.prepared import AnyMedia
-from flexjudge_fast.media.reader import MediaReader
+from flexjudge_fast.media.reader import MediaReader, result_of
 from flexjudge_fast.models.mrope import mrope_positions
 from flexjudge_fast.prompts.chat_template import ChatTemplate
 from flexjudge_fast.prompts.segments import Media, Prompt, Segment
@@ -71,6 +71,11 @@ class PromptEncoder:
         """M-RoPE positions [3, num_tokens] of a prompt with media; `None` where they are 0, 1, 2, ..."""
         return mrope_positions(len(prompt), prompt.spans) if prompt.spans else None
 
+    def positions_ahead(self, prompt: Prompt) -> int:
+        """How far a prompt's positions reach beyond its length: long videos skip some."""
+        positions = self.positions(prompt)
+        return 0 if positions is None else max(0, int(positions.max()) + 1 - len(prompt))
+
     def close(self) -> None:
         """End the threads and processes that read media."""
         if self._reader is not None:
@@ -85,7 +90,7 @@ class PromptEncoder:
         found: list[Segment] = []
         for i, segment in enumerate(segments):
             if isinstance(segment, Media):
-                media = reading[i].result() if i in reading else segment.item.source
+                media = result_of(reading[i]) if i in reading else segment.item.source
                 assert self._media is not None and isinstance(media, AnyMedia)
                 segment = self._media.placeholder(media)
             found.append(segment)

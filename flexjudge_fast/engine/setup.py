@@ -10,26 +10,17 @@ from flexjudge_fast.engine.config import (
     KV_CACHE_DTYPES,
     EngineConfig,
     num_kv_blocks,
-    parse_bytes,
     pick_device,
     pick_dtype,
 )
-from flexjudge_fast.engine.encoder_cache import EncoderCache
-from flexjudge_fast.engine.encoder_runner import EncoderRunner, VisionEncoder
-from flexjudge_fast.engine.encoder_store import EncoderStore
 from flexjudge_fast.engine.input_buffers import InputBuffers
-from flexjudge_fast.engine.media_input import MediaInput
+from flexjudge_fast.engine.media_setup import load_media
 from flexjudge_fast.engine.model_runner import ModelRunner, kv_bytes_per_token
 from flexjudge_fast.engine.prompts import PromptEncoder
 from flexjudge_fast.engine.scheduler import Scheduler, SchedulerLimits
 from flexjudge_fast.errors import CheckpointError, InvalidArgumentError
-from flexjudge_fast.media.audio_processor import AudioProcessor, read_audio_processor
-from flexjudge_fast.media.reader import MediaReader
-from flexjudge_fast.media.vision_processor import VisionProcessor, read_vision_processor
-from flexjudge_fast.models.audio_config import AudioConfig, read_audio_config
 from flexjudge_fast.models.config import DecoderConfig, model_config, read_decoder_config
-from flexjudge_fast.models.registry import load_audio, load_model, load_vision
-from flexjudge_fast.models.vision_config import VisionConfig, read_vision_config
+from flexjudge_fast.models.registry import load_model
 from flexjudge_fast.ops.backend import isa
 from flexjudge_fast.prompts.chat_template import ChatTemplate
 from flexjudge_fast.prompts.tokenizer import Tokenizer
@@ -51,15 +42,6 @@ class EngineParts:
     runner: ModelRunner
 
 
-@dataclass(frozen=True)
-class MediaParts:
-    """What a vision-language model needs beside the language model."""
-
-    input: MediaInput
-    reader: MediaReader
-    encoder: EncoderRunner
-
-
 def load_parts(
     model: str | Path,
     device: str | torch.device,
@@ -75,11 +57,10 @@ def load_parts(
         raise InvalidArgumentError(f'quantization={quantization!r}: must be None, {known} or "dequantize"')
     where = pick_device(device)
     checkpoint = open_checkpoint(model)
+    run = model_config(checkpoint.config)
     stored = [part.get(name) for part in (checkpoint.config, run) for name in ("dtype", "torch_dtype")]
     picked = pick_dtype(dtype, next(filter(None, stored), None))
-    run = model_config(checkpoint.config)
     decoder = read_decoder_config(run, ignore_config)
-    vision, audio = read_vision_config(run, ignore_config), read_audio_config(run, ignore_config)
     num_threads = config.num_threads or torch.get_num_threads()
     limit = decoder.max_positions
     max_len = config.max_model_len or limit
@@ -97,24 +78,7 @@ def load_parts(
         activation_bytes=2 if config.activations == "int16" else 1,
         num_threads=num_threads,
     )
-    media = None
-    if vision is not None:
-        tower = load_vision(checkpoint, vision, decoder, picked, where, num_threads)
-        hearing = None
-        if audio is not None:
-            hearing = load_audio(checkpoint, audio, decoder, picked, where, num_threads)
-        processor = _processor(checkpoint, vision)
-        media = MediaParts(
-            MediaInput(vision, audio),
-            MediaReader(processor, _audio_processor(checkpoint, audio)),
-            EncoderRunner(
-                VisionEncoder(tower, processor, num_threads),
-                hearing,
-                _encoder_cache(config, checkpoint, picked),
-                config.max_encoder_patches,
-                where,
-            ),
-        )
+    media = load_media(checkpoint, run, decoder, picked, where, config, ignore_config)
     checkpoint.start_hashing()
     kv_dtype = KV_CACHE_DTYPES.get(config.kv_cache_dtype, picked)
     block_bytes = config.block_size * kv_bytes_per_token(decoder, kv_dtype)
@@ -169,41 +133,6 @@ def _buffers(
         num_sections=len(decoder.rope.sections) or 1,
         vocab_size=decoder.vocab_size,
     )
-
-
-def _processor(checkpoint: Checkpoint, vision: VisionConfig) -> VisionProcessor:
-    """How the checkpoint wants pixels; its patches must be the tower's."""
-    processor = read_vision_processor(*checkpoint.processor_configs())
-    for name in ("patch_size", "merge_size", "temporal_patch_size"):
-        if getattr(processor, name) != getattr(vision, name):
-            raise CheckpointError(
-                f"{checkpoint.path}: {name} is {getattr(processor, name)} in preprocessor_config.json, "
-                f"{getattr(vision, name)} in config.json"
-            )
-    return processor
-
-
-def _audio_processor(checkpoint: Checkpoint, audio: AudioConfig | None) -> AudioProcessor | None:
-    """How the checkpoint wants sound; its spectrogram must be the tower's."""
-    if audio is None:
-        return None
-    processor = read_audio_processor(checkpoint.processor_configs()[0])
-    if processor.feature_size != audio.num_mel_bins:
-        raise CheckpointError(
-            f"{checkpoint.path}: feature_size is {processor.feature_size} in preprocessor_config.json, "
-            f"num_mel_bins {audio.num_mel_bins} in config.json"
-        )
-    return processor
-
-
-def _encoder_cache(config: EngineConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> EncoderCache:
-    store = None
-    if config.encoder_cache_dir is not None:
-        # What embeddings depend on beside the medium; the media's keys hold the processor's settings.
-        salt = f"{checkpoint.weights_hash()} {dtype} {isa()}".encode()
-        limit = parse_bytes("encoder_cache_disk", config.encoder_cache_disk)
-        store = EncoderStore(Path(config.encoder_cache_dir), limit, salt)
-    return EncoderCache(parse_bytes("encoder_cache_memory", config.encoder_cache_memory), store)
 
 
 def _eos_ids(checkpoint: Checkpoint, tokenizer: Tokenizer) -> frozenset[int]:

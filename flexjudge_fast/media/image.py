@@ -44,6 +44,7 @@ def prepare_image(
     height, width = rgb.shape[:2]
     try:
         target = processor.target_size(height, width, options)
+        limits.check_size(target[1], target[0])
     except MediaError as error:
         raise _named(item, error) from None
     key = media_key(

@@ -1,47 +1,77 @@
-"""Reads images and videos in threads, ahead of the model that judges them."""
+"""Reads images, videos and recordings in threads, ahead of the model that judges them."""
 
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+import threading
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
+from flexjudge_fast.errors import EngineStateError, FlexJudgeError, MediaError, UnsupportedMediaError
+from flexjudge_fast.media.audio import prepare_audio
+from flexjudge_fast.media.audio_pool import AudioDecoder
+from flexjudge_fast.media.audio_processor import AudioProcessor
 from flexjudge_fast.media.image import load_image, prepare_image
 from flexjudge_fast.media.image_file import ImageLimits
 from flexjudge_fast.media.items import MediaItem, MediaOptions
-from flexjudge_fast.media.keys import media_key
-from flexjudge_fast.media.prepared import PreparedMedia
+from flexjudge_fast.media.keys import media_key, pixel_digest
+from flexjudge_fast.media.prepared import AnyMedia, PreparedAudio, PreparedMedia
 from flexjudge_fast.media.video import decode_video
 from flexjudge_fast.media.video_pool import DecodedVideo, VideoDecoder
 from flexjudge_fast.media.video_sampling import FrameBudget
 from flexjudge_fast.media.vision_processor import VisionProcessor
 
+_MOST_SECONDS = 1e6  # from one temporal patch to the next
+_MOST_THREADS = 4  # each may hold an image of 240 MiB while it is decoded
+
 
 class MediaReader:
-    """Decodes, samples and resizes as `processor` says. Videos are decoded in processes of their own."""
+    """Decodes, samples and resizes as the processors say. Videos and sound are decoded in other processes.
 
-    def __init__(self, processor: VisionProcessor) -> None:
-        self._processor = processor
-        self._threads = ThreadPoolExecutor(max(2, os.cpu_count() or 1), "flexjudge-media")
+    `hears`: of a model that does.
+    """
+
+    def __init__(self, sees: VisionProcessor, hears: AudioProcessor | None = None) -> None:
+        self._processor = sees
+        self._hears = hears
+        threads = min(max(2, os.cpu_count() or 1), _MOST_THREADS)
+        self._threads = ThreadPoolExecutor(threads, "flexjudge-media")
         self._videos = VideoDecoder()
+        self._sounds = AudioDecoder()
+        self._pil = threading.Lock()
 
-    def submit(self, item: MediaItem, options: MediaOptions) -> "Future[PreparedMedia]":
+    def submit(self, item: MediaItem, options: MediaOptions) -> "Future[AnyMedia]":
         """Start to read; the future raises MediaError where it cannot be read."""
-        read = self._video if item.kind == "video" else self._image
-        return self._threads.submit(read, item, options)
+        ways = {"image": self._image, "video": self._video, "audio": self._audio}
+        read = ways[item.kind]
+        try:
+            return self._threads.submit(_named, read, item, options)
+        except RuntimeError as error:  # it was shut down
+            raise EngineStateError("this engine is closed") from error
 
     def close(self) -> None:
         """End threads and processes."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._videos.close()
+        self._sounds.close()
 
     def _image(self, item: MediaItem, options: MediaOptions) -> PreparedMedia:
-        return prepare_image(item, self._processor, options, b"")
+        with self._turn(item):
+            return prepare_image(item, self._processor, options, b"")
 
     def _video(self, item: MediaItem, options: MediaOptions) -> PreparedMedia:
-        load_frame = partial(_load_frame, options=options)
+        def load_frame(frame: MediaItem) -> NDArray[np.uint8]:
+            with self._turn(frame):
+                rgb, _ = load_image(frame, ImageLimits(), options.allow_remote)
+                return rgb
+
         video = decode_video(item, options, _budget(self._processor), self._videos, load_frame)
+        if not 0 < video.seconds_per_grid < _MOST_SECONDS:  # NaN too: it comes from the decoding process
+            raise MediaError(f"{item.name or 'video'}: {video.seconds_per_grid} seconds between its frames")
+        sound = self._audio(item, options) if options.use_audio_in_video else None
         grid = self._processor.grid(*video.frames.shape[:3])
         return PreparedMedia(
             kind="video",
@@ -50,12 +80,38 @@ class MediaReader:
             grid=grid,
             num_tokens=self._processor.num_tokens(grid),
             seconds_per_grid=video.seconds_per_grid,
+            sound=sound,
         )
 
+    def _audio(self, item: MediaItem, options: MediaOptions) -> PreparedAudio:
+        """A recording, or the sound track of a video."""
+        if self._hears is None:
+            raise UnsupportedMediaError(f"{item.name or item.kind}: the loaded model does not hear")
+        return prepare_audio(item, self._hears, b"", self._sounds, options.allow_remote)
 
-def _load_frame(item: MediaItem, options: MediaOptions) -> NDArray[np.uint8]:
-    rgb, _ = load_image(item, ImageLimits(), options.allow_remote)
-    return rgb
+    def _turn(self, item: MediaItem) -> AbstractContextManager[object]:
+        """Pillow decodes an image where it is first used: two threads at once would spoil it."""
+        return self._pil if isinstance(item.source, Image.Image) else nullcontext()
+
+
+def result_of(future: "Future[AnyMedia]") -> AnyMedia:
+    """What was read, waited for. EngineStateError: the engine was closed meanwhile."""
+    try:
+        return future.result()
+    except CancelledError as error:
+        raise EngineStateError("this engine is closed") from error
+
+
+def _named(
+    read: Callable[[MediaItem, MediaOptions], AnyMedia], item: MediaItem, options: MediaOptions
+) -> AnyMedia:
+    """Whatever goes wrong is this medium's error, and nobody else's."""
+    try:
+        return read(item, options)
+    except FlexJudgeError:
+        raise
+    except Exception as error:
+        raise MediaError(f"{item.name or item.kind}: {type(error).__name__}: {error}") from error
 
 
 def _budget(p: VisionProcessor) -> FrameBudget:
@@ -72,12 +128,13 @@ def _budget(p: VisionProcessor) -> FrameBudget:
 
 
 def _video_key(video: DecodedVideo, processor: VisionProcessor) -> bytes:
-    """Positions in the prompt come from `seconds_per_grid`, so what it is made of counts too."""
+    """What the decoding process says is not enough: a video may have taken it over. So the frames that came
+    from it count, too; and `seconds_per_grid`, from which positions in the prompt are made."""
     return media_key(
         "video",
         mode=video.mode,
         size=video.size,
-        pixels=video.digest,
+        pixels=video.digest + pixel_digest(list(video.frames)),
         target=(video.frames.shape[1], video.frames.shape[2]),
         processor=processor,
         salt=b"",

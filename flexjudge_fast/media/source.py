@@ -20,7 +20,10 @@ def describe(source: object) -> str:
     if isinstance(source, str) and source.startswith("data:"):
         return "data URL"
     if isinstance(source, str) and is_remote(source):
-        parts = urlsplit(source)
+        try:
+            parts = urlsplit(source)
+        except ValueError:
+            return "malformed URL"
         return f"{parts.scheme}://{parts.hostname}{parts.path}"[:_SHOWN]  # passwords and tokens left out
     if isinstance(source, str | os.PathLike):
         path = repr(os.fspath(source))

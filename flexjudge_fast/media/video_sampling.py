@@ -63,10 +63,11 @@ class FrameBudget:
 
     def frame_size(self, height: int, width: int, num_frames: int) -> tuple[int, int]:
         """(height, width) of each of `num_frames` frames after resizing. MediaError: no such size exists."""
+        if self.resize is not None:  # limits of an image, as in qwen_vl_utils
+            width, height = self.resize
+            return smart_resize(height, width, self.factor, 4 * self.factor**2, 16384 * self.factor**2)
         share = min(self.max_pixels, self.total_pixels / num_frames * self.temporal)
         most = min(max(share, int(self.min_pixels * 1.05)), self.max_pixels)
-        if self.resize is not None:
-            width, height = self.resize
         return smart_resize(height, width, self.factor, self.min_pixels, int(most))
 
 

@@ -1,4 +1,4 @@
-"""Qwen2.5-Omni's audio tower in plain torch: log-mel spectrograms to embeddings (Xu et al. 2025, section 2.2)."""
+"""Qwen2.5-Omni's audio tower in plain torch: log-mel frames to embeddings (Xu et al. 2025, section 2.2)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -74,7 +74,7 @@ class AudioTower:
 
 
 def cut_windows(features: Sequence[torch.Tensor], window: int) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Spectrograms in windows [num_mel_bins, up to `window`], and int64 offsets of what they become, in tokens."""
+    """Spectrograms in windows [num_mel_bins, up to `window`], and the int64 offsets of their tokens."""
     windows = [piece for one in features for piece in one.split(window, dim=1)]
     sizes = torch.tensor([0, *((piece.shape[1] + 1) // 2 for piece in windows)])
     return windows, sizes.cumsum(0)
@@ -83,7 +83,7 @@ def cut_windows(features: Sequence[torch.Tensor], window: int) -> tuple[list[tor
 def embed_window(
     window: torch.Tensor, conv1: Product, conv2: Product, positions: torch.Tensor
 ) -> torch.Tensor:
-    """Two convolutions over a window [num_mel_bins, num_frames], the second of stride 2; then positions are added.
+    """Two convolutions over a window [num_mel_bins, num_frames], the second of stride 2; then positions.
 
     Returns:
         [(num_frames + 1) // 2, hidden].
@@ -94,7 +94,7 @@ def embed_window(
 
 
 def _side_by_side(x: torch.Tensor, stride: int) -> torch.Tensor:
-    """Each frame of [num_frames, n], or every `stride`-th, between its neighbours: [.., 3 * n]; zeros at the ends."""
+    """Every `stride`-th frame of [num_frames, n] between its neighbours: [.., 3 * n]; zeros at the ends."""
     padded = F.pad(x, (0, 0, 1, 1))
     count = (len(x) - 1) // stride + 1
     return torch.cat([padded[i : i + stride * (count - 1) + 1 : stride] for i in range(3)], dim=1)

@@ -139,7 +139,7 @@ class DecoderConfig:
 
 
 def model_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a config.json that this engine runs: of a whole Qwen2.5-Omni its Thinker, else all of it."""
+    """The part of a config.json that is run: of a whole Qwen2.5-Omni its Thinker, else all of it."""
     names = config.get("architectures") or []
     if len(names) != 1 or names[0] not in _WHOLE_OMNI:
         return dict(config)

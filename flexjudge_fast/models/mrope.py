@@ -45,7 +45,7 @@ def mrope_positions(num_tokens: int, spans: Sequence[PositionSpan]) -> NDArray[n
 
 
 def grid_offsets(grid: Grid, time_step: float) -> NDArray[np.int64]:
-    """Time, height and width of a grid's embeddings, [3, num_tokens]; `time_step`: positions from one to the next."""
+    """Time, height and width of a grid's embeddings, [3, num_tokens]. `time_step`: positions a step in time."""
     time, row, column = np.indices(grid).reshape(3, -1)
     steps = (time.astype(np.float32) * np.float32(time_step)).astype(np.int64)
     return np.stack((steps, row, column))
@@ -54,8 +54,9 @@ def grid_offsets(grid: Grid, time_step: float) -> NDArray[np.int64]:
 def bracketed(inner: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
     """Offsets of a medium between two brackets, and the advance behind it.
 
-    What follows begins behind the largest position so far. (transformers 5.3 to 5.23 let text behind a long video
-    of Qwen2.5-VL begin inside the video's time; this is the training's rule, and theirs before and for Qwen2.5-Omni.)
+    What follows begins behind the largest position so far. (transformers 5.3 to 5.23 let text behind a long
+    video of Qwen2.5-VL begin inside the video's time. This is the training's rule, theirs before, and theirs
+    for Qwen2.5-Omni.)
     """
     end = 1 + int(inner.max()) + 1
     edges = np.zeros((3, 1), np.int64)
@@ -73,8 +74,9 @@ def interleaved(
         chunk: positions in time after which the other one takes its turn.
 
     Returns:
-        What stands between the brackets, in turns: "video" or "audio", its first and its last embedding plus one.
-        Offsets of all tokens with two brackets on either side, which share a position; and the advance behind them.
+        What stands between the brackets, in turns: "video" or "audio", its first embedding and the one behind
+        its last. Offsets of all tokens with two brackets on either side, which share a position; and the
+        advance behind them.
     """
     audio = np.broadcast_to(np.arange(num_audio), (3, num_audio))
     parts = {"video": (video, _turns(video[0], chunk)), "audio": (audio, _turns(audio[0], chunk))}
@@ -93,7 +95,7 @@ def interleaved(
 def _turns(times: NDArray[np.int64], chunk: int) -> list[tuple[int, int]]:
     """Tokens of rising times, cut where they pass the next multiple of `chunk`.
 
-    One token passes one multiple: where times jump over several, turns of a single token follow, as in transformers.
+    A token passes one multiple: where times jump over several, turns of one token follow, as in transformers.
     """
     turns, first = [], 0
     for i, time in enumerate(times.tolist()):

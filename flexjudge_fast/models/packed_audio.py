@@ -1,4 +1,4 @@
-"""An audio tower packed for the CPU kernels: the same `encode` as `AudioTower`, its layers in one call into C++."""
+"""An audio tower packed for the CPU kernels: the same `encode` as `AudioTower`, its layers in one call."""
 
 from collections.abc import Iterable, Sequence
 

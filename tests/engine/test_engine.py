@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -328,3 +329,18 @@ def test_threads_with_streams_lose_nothing(folder):
         thread.join()
     assert len(seen) == 18
     assert all("</answer>" in text and reasoning in text for reasoning, text in seen)
+
+
+def test_a_future_in_place_of_an_input_holds_nobody_up(engine):
+    waited_for = Future()
+
+    def inputs():
+        yield EngineInput(engine.encode("first"), SAMPLED)
+        while not waited_for.done():
+            yield waited_for
+        yield EngineInput(engine.encode("second"), SAMPLED)
+
+    outputs = engine.run(inputs())
+    assert next(outputs).index == 0
+    threading.Timer(0.05, waited_for.set_result, [None]).start()
+    assert [output.index for output in outputs] == [1]

@@ -1,4 +1,4 @@
-"""Qwen2.5-Omni's Thinker: logits and greedy tokens of transformers for sound, images, video, and video that is heard."""
+"""Qwen2.5-Omni's Thinker: logits and greedy tokens of transformers for sound, images and heard video."""
 
 import numpy as np
 import pytest
