@@ -45,7 +45,7 @@ def mrope_positions(num_tokens: int, spans: Sequence[PositionSpan]) -> NDArray[n
 
 
 def grid_offsets(grid: Grid, time_step: float) -> NDArray[np.int64]:
-    """Time, height and width of a grid's embeddings, [3, num_tokens]. `time_step`: positions a step in time."""
+    """Time, height and width of a grid's embeddings, [3, num_tokens]; `time_step`: positions a step."""
     time, row, column = np.indices(grid).reshape(3, -1)
     steps = (time.astype(np.float32) * np.float32(time_step)).astype(np.int64)
     return np.stack((steps, row, column))
