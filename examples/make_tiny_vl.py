@@ -5,6 +5,7 @@ python examples/make_tiny_vl.py tiny-vl
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,20 +128,25 @@ def shapes() -> dict[str, tuple[int, ...]]:
     return found
 
 
-def write(folder: Path, seed: int = 0) -> None:
+def write(
+    folder: Path,
+    seed: int = 0,
+    tensor_shapes: dict[str, tuple[int, ...]] | None = None,
+    more_tokens: Sequence[str] = (),
+) -> None:
     """The whole checkpoint; the same bytes for the same seed."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, shape in shapes().items():
-        is_norm = "norm" in name or "ln_q" in name
+    for name, shape in (tensor_shapes or shapes()).items():
+        is_norm = name.endswith("weight") and ("norm" in name or ".ln_" in name)
         tensors[name] = torch.ones(shape) if is_norm else 0.15 * torch.randn(shape, generator=generator)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(CONTROL_TOKENS)
+    tokenizer.add_special_tokens([*CONTROL_TOKENS, *more_tokens])
     tokenizer.save(str(folder / "tokenizer.json"))
     files = {
         "config.json": CONFIG,
