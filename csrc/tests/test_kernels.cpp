@@ -259,6 +259,18 @@ struct RandomWeights {
   std::deque<Aligned> packed;
   std::deque<std::vector<float>> floats;
 
+  const float* random(std::int64_t count) { return floats.emplace_back(random_floats(count)).data(); }
+  Linear linear(std::vector<std::pair<Format, std::int64_t>> parts, std::int64_t columns) {
+    Linear w;
+    for (const auto& [which, rows] : parts) {
+      const FormatInfo& format = format_info(which);
+      const PackedLayout layout = packed_layout(format, rows, columns);
+      const Aligned& memory = packed.emplace_back(layout.bytes());
+      pack_rows(format, random_source(format, rows, columns).data(), rows, columns, 0, layout.row_blocks, memory.data);
+      w.parts.push_back({memory.data, &format, rows, columns, layout});
+    }
+    return w;
+  }
 };
 
 // Two layers of random weights in several formats.
