@@ -80,10 +80,8 @@ def load_sound(
             raise MediaError("give samples with their rate: (samples, rate)")
         file = _file(source, limits, allow_remote)
         return decoder.decode(file, processor.sampling_rate, limits)
-    except (MediaError, OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        parts = (item.name or item.kind, describe(source), reason)
-        raise MediaError(": ".join(parts)) from error
+    except MediaError as error:
+        raise MediaError(f"{item.name or item.kind}: {_describe(source)}: {error}") from error
 
 
 def _file(source: object, limits: AudioLimits, allow_remote: bool) -> FileSource:
@@ -140,3 +138,14 @@ def _blocks(samples: Samples) -> Iterator[Samples]:
     step = max(BLOCK_SAMPLES // samples.shape[1], 1)
     for i in range(0, len(samples), step):
         yield samples[i : i + step]
+
+
+def _describe(source: object) -> str:
+    """A source in a few words, for messages."""
+    if isinstance(source, Mapping):
+        source = source.get("array")
+    elif isinstance(source, tuple) and source:
+        source = source[0]
+    if isinstance(source, np.ndarray | torch.Tensor):
+        return f"{source.dtype} {list(source.shape)}"
+    return describe(source)

@@ -3,6 +3,7 @@
 import io
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -22,32 +23,17 @@ CONTAINERS = (
     *("mp3", "aac", "wav", "w64", "flac", "aiff", "au", "caf"),
 )
 CODECS = (
-    *(
-        "aac",
-        "mp3",
-        "mp3float",
-        "mp2",
-        "mp2float",
-        "opus",
-        "libopus",
-        "vorbis",
-        "flac",
-        "alac",
-        "ac3",
-        "eac3",
-    ),
+    *("aac", "mp3", "mp3float", "mp2", "mp2float", "opus", "libopus", "vorbis", "flac", "alac"),
     *("pcm_u8", "pcm_s16le", "pcm_s16be", "pcm_s24le", "pcm_s24be", "pcm_s32le", "pcm_s32be"),
-    *("pcm_f32le", "pcm_f32be", "pcm_f64le", "pcm_f64be", "pcm_alaw", "pcm_mulaw"),
+    *("ac3", "eac3", "pcm_f32le", "pcm_f32be", "pcm_f64le", "pcm_f64be", "pcm_alaw", "pcm_mulaw"),
 )
 # How files begin that libsndfile is asked to read: of its many parsers only the common ones see them.
 _BEGINS = (b"RIFF", b"RIFX", b"RF64", b"riff", b"fLaC", b"OggS", b"FORM", b".snd", b"caff", b"ID3")
 _UNKNOWN = 1 << 62  # libsndfile's number of samples where the header tells none
 _MAX_PACKET = 1 << 20  # samples of one channel that a codec may give at once
 _BLOCK = 1 << 17  # samples of all channels sent at once
-_TINY = (
-    b"RIFF,\0\0\0WAVEfmt \x10\0\0\0\1\0\1\0" + struct.pack("<IIHH", 8000, 16000, 2, 16) + b"data\x08\0\0\0"
-)
-_TINY += bytes(8)
+_TINY = b"RIFF,\0\0\0WAVEfmt \x10\0\0\0\1\0\1\0" + struct.pack("<IIHH", 8000, 16000, 2, 16)
+_TINY += b"data\x08\0\0\0" + bytes(8)
 
 
 @dataclass(frozen=True)
@@ -65,16 +51,13 @@ Part = Start | NDArray[np.float32]
 def warm_up() -> None:
     """Makes the libraries import what they import late, so that no file need be opened afterwards."""
     limits = AudioLimits()
-    with open("/dev/null", "rb", buffering=0) as nothing:
-        try:
-            next(_with_soundfile(nothing, limits))
-        except soundfile.LibsndfileError:
-            pass
+    with open("/dev/null", "rb", buffering=0) as nothing, suppress(soundfile.LibsndfileError):
+        next(_with_soundfile(nothing, limits))
     for _ in _with_ffmpeg(io.BytesIO(_TINY), limits, Deadline(limits.timeout)):
         pass
 
 
-def messages(file: BinaryIO, request: dict[str, Any]) -> Iterator[tuple[dict[str, Any], bytes | memoryview]]:
+def messages(file: BinaryIO, request: dict[str, Any]) -> Iterator[tuple[dict[str, Any], bytes]]:
     """What `decode` yields, as headers and payloads for `media/worker.py`."""
     limits = AudioLimits(**request["limits"])
     for part in decode(file, limits):
@@ -96,18 +79,18 @@ def decode(file: BinaryIO, limits: AudioLimits) -> Iterator[Part]:
         MemoryError: it needs more memory than this process may take.
     """
     deadline = Deadline(limits.timeout)
-    started, seconds = None, 0.0
+    started, count = None, 0
     for part in _parts(file, limits, deadline):
         deadline.check()
         if isinstance(part, Start):
             limits.check_format(part.rate, part.channels)
             started = part
         elif started is not None:
-            seconds += len(part) / started.rate
-            limits.check_seconds(seconds)
+            count += len(part)
+            limits.check_seconds(count / started.rate)
             limits.check_values(part)
         yield part
-    if not seconds:
+    if not count:
         raise MediaError("it holds no samples")
 
 

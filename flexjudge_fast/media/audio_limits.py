@@ -41,19 +41,15 @@ class AudioLimits:
 
     def check_format(self, rate: float, channels: int) -> None:
         """MediaError: a rate or a number of channels that is not read."""
-        if rate != math.floor(rate) or not _LEAST_RATE <= rate <= _MOST_RATE:
-            raise MediaError(
-                f"{rate} samples per second; {_LEAST_RATE} to {_MOST_RATE} are read, whole numbers"
-            )
+        if not _LEAST_RATE <= rate <= _MOST_RATE or rate != math.floor(rate):
+            raise MediaError(f"a rate of {rate}; whole numbers from {_LEAST_RATE} to {_MOST_RATE} are read")
         if not 1 <= channels <= self.max_channels:
             raise MediaError(f"{channels} channels; 1 to {self.max_channels} are read")
 
     def check_seconds(self, seconds: float) -> None:
         """MediaError: too long, by header or so far."""
         if not seconds <= self.max_seconds:
-            raise MediaError(
-                f"it lasts {seconds:.1f} s or more, longer than the {self.max_seconds:g} s allowed"
-            )
+            raise MediaError(f"{seconds:.1f} s or more: longer than the {self.max_seconds:g} s allowed")
 
     def check_values(self, block: NDArray[np.float32]) -> None:
         """MediaError: NaN, infinite, or far beyond -1..1."""

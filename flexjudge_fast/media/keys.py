@@ -111,7 +111,7 @@ def media_key(
 
 
 class SampleDigest:
-    """The digest of decoded sound, however it is cut into blocks: channels, number and bytes of the samples."""
+    """The digest of decoded sound, however it is cut into blocks: channels, number and bytes of samples."""
 
     def __init__(self, channels: int) -> None:
         self._hash = hashlib.sha256()

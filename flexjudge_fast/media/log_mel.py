@@ -1,4 +1,4 @@
-"""Log-mel frames of sound, as WhisperFeatureExtractor makes them, without its padding to the longest sound."""
+"""Log-mel frames of sound, equal to WhisperFeatureExtractor's, without its padding to the longest sound."""
 
 import numpy as np
 import torch
@@ -63,4 +63,5 @@ def mel_filters(processor: AudioProcessor) -> NDArray[np.float64]:
     low, top, high = corners[:-2, None], corners[1:-1, None], corners[2:, None]
     frequencies = np.linspace(0.0, processor.sampling_rate / 2, processor.n_fft // 2 + 1)
     triangles = np.minimum((frequencies - low) / (top - low), (high - frequencies) / (high - top))
-    return np.maximum(triangles, 0.0) * (2.0 / (high - low))
+    filters: NDArray[np.float64] = np.maximum(triangles, 0.0) * (2.0 / (high - low))
+    return filters

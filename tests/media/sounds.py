@@ -1,6 +1,7 @@
 """Small sounds, made with soundfile and PyAV, and what plain decodings of them give."""
 
 import io
+from fractions import Fraction
 from typing import Any
 
 import av
@@ -49,7 +50,8 @@ def add_sound(output: Any, stream: Any, samples: NDArray[Any], rate: int) -> Non
     """Encodes all samples into a stream of an open container."""
     packed = np.ascontiguousarray(samples, dtype=np.float32).reshape(1, -1)
     frame = av.AudioFrame.from_ndarray(packed, format="flt", layout=_layout(samples))
-    frame.sample_rate = rate
+    frame.sample_rate, frame.pts = rate, 0
+    frame.time_base = Fraction(1, rate)
     resampler = av.AudioResampler(stream.format, frame_size=stream.frame_size or 1024)
     for piece in [*resampler.resample(frame), *resampler.resample(None)]:
         output.mux(stream.encode(piece))
