@@ -72,7 +72,10 @@ def messages(file: BinaryIO, request: dict[str, Any]) -> Iterator[tuple[dict[str
 
 
 def decode(file: BinaryIO, limits: AudioLimits) -> Iterator[Part]:
-    """A `Start`, then blocks float32 [num_samples, channels], of any length.
+    """A `Start`, then blocks float32 [num_samples, channels], of any length, each good until the next.
+
+    Args:
+        file: unbuffered, as libsndfile reads from its descriptor.
 
     Raises:
         MediaError: broken, without sound, of a container or codec that is not read, or over a limit.

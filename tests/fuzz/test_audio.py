@@ -169,9 +169,8 @@ def test_an_opus_bomb(peaks: list[int], granule_step: int) -> None:
     with AudioDecoder() as decoder:
         outcome(decoder, b"none")  # the process starts
         what, seconds = outcome(decoder, data)
-    assert "longer than the 300 s allowed" in what or granule_step == 1
-    print(what, seconds)
-    assert seconds < (1 if granule_step > 1 else 5)
+    assert "longer than the 300 s allowed" in what
+    assert seconds < (1 if granule_step > 1 else 5)  # 300 s are decoded before a lie is found out
     assert max(peaks) < MAX_MEMORY
 
 

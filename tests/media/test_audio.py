@@ -267,14 +267,8 @@ def test_what_is_refused(decoder: AudioDecoder, source: object, message: str) ->
         load(decoder, source)
 
 
-@pytest.mark.parametrize("name", ["wav-float", "mka"])
-def test_values_of_files(decoder: AudioDecoder, name: str) -> None:
-    if name == "mka":
-        file = io.BytesIO()
-        soundfile.write(file, np.array([[0.0], [math.nan]], np.float32), 16_000, "FLOAT", format="CAF")
-        data = file.getvalue()
-    else:
-        data = make_sound(name, np.array([[0.0], [math.nan]], np.float32), 16_000)
+def test_a_file_that_holds_nan(decoder: AudioDecoder) -> None:
+    data = make_sound("wav-float", np.array([[0.0], [math.nan]], np.float32), 16_000)
     with pytest.raises(MediaError, match="a sample of nan"):
         load(decoder, data)
     assert all(worker.healthy for worker in decoder._all)  # no reason to end the process
@@ -385,13 +379,12 @@ def test_the_library_that_reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     def refused(*_: Any) -> Iterator[Any]:
         raise soundfile.LibsndfileError(1)
 
-    with path.open("rb") as file:
+    with path.open("rb", buffering=0) as file:
         start, *blocks = audio_decode.decode(file, AudioLimits())
         monkeypatch.setattr(audio_decode, "_with_soundfile", refused)
-        blocks = [np.concatenate([block.copy() for block in blocks])]
         other, *others = audio_decode.decode(file, AudioLimits())
     assert (start.mode, other.mode) == ("WAV PCM_16", "pcm_s16le")
-    assert np.array_equal(blocks[0], np.concatenate(others))
+    assert np.array_equal(np.concatenate(blocks), np.concatenate(others))
 
 
 def test_videos_do_not_load_soundfile() -> None:
