@@ -3,10 +3,12 @@
 import hashlib
 import struct
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flexjudge_fast.media.audio_processor import AudioProcessor
 from flexjudge_fast.media.items import MediaKind
 from flexjudge_fast.media.vision_processor import VisionProcessor
 
@@ -105,4 +107,44 @@ def media_key(
     fields.numbers("mean", processor.mean)
     fields.numbers("std", processor.std)
     fields.numbers("rescale_factor", [processor.rescale_factor])
+    return fields.digest()
+
+
+class SampleDigest:
+    """The digest of decoded sound, however it is cut into blocks: channels, number and bytes of samples."""
+
+    def __init__(self, channels: int) -> None:
+        self._hash = hashlib.sha256()
+        self._channels, self._count = channels, 0
+
+    def update(self, block: NDArray[np.float32]) -> None:
+        """`block`: float32 [num_samples, channels]. Its strides do not matter."""
+        self._hash.update(np.ascontiguousarray(block, dtype="<f4").tobytes())
+        self._count += block.size
+
+    def digest(self) -> bytes:
+        """32 bytes; more blocks may follow."""
+        fields = _Fields("flexjudge samples 1")
+        fields.integers("counts", [self._channels, self._count])
+        fields.put("samples", self._hash.digest())
+        return fields.digest()
+
+
+def audio_key(*, samples: bytes, rate: int, mode: str, processor: AudioProcessor, salt: bytes) -> bytes:
+    """The key of a sound under the settings that shape its embeddings: 32 bytes.
+
+    Args:
+        samples: `SampleDigest` of what was decoded, before mixing and resampling.
+        rate: samples per second of the source.
+        mode: how the source stored its samples, such as "int16" or "aac".
+        processor: all its fields.
+        salt: what else the embeddings depend on: the model, its dtype.
+    """
+    fields = _Fields("flexjudge audio 1")
+    fields.put("salt", salt)
+    fields.put("mode", mode.encode())
+    fields.put("samples", samples)
+    fields.integers("rate", [rate])
+    for name, value in asdict(processor).items():
+        fields.integers(name, [value])
     return fields.digest()

@@ -1,4 +1,4 @@
-"""A medium ready for its encoder: resized pixels, and the key under which its embeddings are kept."""
+"""A medium ready for its encoder: pixels or features, and the key under which its embeddings are kept."""
 
 from dataclasses import dataclass
 
@@ -56,6 +56,27 @@ class PreparedAudio:
 
 
 AnyMedia = PreparedMedia | PreparedAudio
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedAudio:
+    """A sound after decoding, mixing, resampling and its spectrogram.
+
+    Features are kept and not samples: they are smaller (128 values for 160 samples), and no step needs both.
+
+    Args:
+        kind: "audio", also of a video's sound track.
+        key: 32 bytes; equal keys mean equal decoded samples, rates and settings (`media/keys.py`).
+        features: float32 [feature_size, num_frames], log-mel.
+        num_tokens: embeddings that the encoder makes of it.
+        seconds: how long it lasts, before short ones are filled up with silence.
+    """
+
+    kind: MediaKind
+    key: bytes
+    features: NDArray[np.float32]
+    num_tokens: int
+    seconds: float
 
 
 @dataclass(frozen=True, eq=False)

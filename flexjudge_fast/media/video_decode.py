@@ -5,9 +5,8 @@ second decodes and keeps the sampled ones. Where the packets were wrong (hidden 
 decoded frames are the truth, and a third pass samples among those.
 """
 
-import time
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from errno import EINVAL
 from fractions import Fraction
 from io import BytesIO
@@ -18,6 +17,7 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from flexjudge_fast.errors import MediaError
+from flexjudge_fast.media.container import Deadline, open_container
 from flexjudge_fast.media.video_limits import VideoLimits
 from flexjudge_fast.media.video_sampling import (
     FrameBudget,
@@ -93,6 +93,18 @@ def warm_up() -> None:
         pass
 
 
+def messages(file: BinaryIO, request: dict[str, Any]) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """What `decode` yields, as headers and payloads for `media/worker.py`."""
+    budget, limits = FrameBudget(**request["budget"]), VideoLimits(**request["limits"])
+    for part in decode(file, budget, limits):
+        if isinstance(part, bytes):
+            yield {"frame": len(part)}, part
+        elif isinstance(part, Start):
+            yield {"start": asdict(part)}, b""
+        else:
+            yield {"end": asdict(part) | {"digest": part.digest.hex()}}, b""
+
+
 def decode(file: BinaryIO, budget: FrameBudget, limits: VideoLimits) -> Iterator[Part]:
     """A `Start`, uint8 [height, width, 3] RGB for each sampled frame, and a `Summary`.
 
@@ -118,33 +130,10 @@ def decode(file: BinaryIO, budget: FrameBudget, limits: VideoLimits) -> Iterator
     raise MediaError("its frames differ from one decoding to the next")
 
 
-class Deadline:
-    """Raises MediaError once `timeout` seconds have passed."""
-
-    def __init__(self, timeout: float) -> None:
-        self.timeout = timeout
-        self.end = time.monotonic() + timeout
-
-    def check(self) -> None:
-        if time.monotonic() > self.end:
-            raise MediaError(f"decoding takes longer than {self.timeout:g} s")
-
-
 def open_video(file: BinaryIO, limits: VideoLimits) -> tuple[Any, Any]:
     """The container and its video stream, headers within limits; nothing but `file` is ever opened."""
-    options = {
-        "format_whitelist": ",".join(CONTAINERS),
-        "codec_whitelist": ",".join(CODECS),
-        "protocol_whitelist": "",
-        "max_streams": "32",
-        "max_pixels": str(limits.max_frame_pixels),
-        "threads": "1",
-    }
-    file.seek(0)
-    try:
-        container: Any = av.open(file, options=options, metadata_errors="replace", io_open=_refuse_to_open)
-    except (av.InvalidDataError, ValueError) as error:
-        raise MediaError(f"it is broken, or not of a kind that is read ({', '.join(CONTAINERS)})") from error
+    options = {"max_pixels": str(limits.max_frame_pixels), "threads": "1"}
+    container = open_container(file, CONTAINERS, CODECS, options)
     streams = [s for s in container.streams.video if not _is_cover(s)]
     if not streams:
         raise MediaError("it holds no video")
@@ -161,10 +150,6 @@ def open_video(file: BinaryIO, limits: VideoLimits) -> tuple[Any, Any]:
 
 def _is_cover(stream: Any) -> bool:
     return "attached_pic" in str(stream.disposition)
-
-
-def _refuse_to_open(url: str, flags: int, options: dict[str, str]) -> BinaryIO:
-    raise MediaError("it refers to another file")
 
 
 def survey_packets(file: BinaryIO, limits: VideoLimits, deadline: Deadline) -> Survey:

@@ -10,8 +10,9 @@ import pytest
 
 from flexjudge_fast.errors import MediaError
 from flexjudge_fast.media.video_limits import VideoLimits
-from flexjudge_fast.media.video_pool import DecodingProcess, VideoDecoder
+from flexjudge_fast.media.video_pool import VideoDecoder
 from flexjudge_fast.media.video_sampling import FrameBudget
+from flexjudge_fast.media.worker_pool import DecodingProcess
 from tests.media.videos import FORMATS, make_video
 
 BUDGET = FrameBudget(min_pixels=4 * 28 * 28, max_pixels=16 * 28 * 28, max_frames=8)

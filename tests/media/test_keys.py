@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from flexjudge_fast.media.audio_processor import AudioProcessor
 from flexjudge_fast.media.image import prepare_image
 from flexjudge_fast.media.items import MediaItem, MediaOptions
-from flexjudge_fast.media.keys import KEY_BYTES, PixelDigest, media_key, pixel_digest
+from flexjudge_fast.media.keys import KEY_BYTES, PixelDigest, SampleDigest, audio_key, media_key, pixel_digest
 from flexjudge_fast.media.vision_processor import VisionProcessor
 
 PROCESSOR = VisionProcessor()
@@ -192,6 +193,47 @@ def test_images_of_the_same_bytes():
     rgb = next(image for image in images if image.mode == "RGB")
     assert key_of(rgb) == key_of(np.asarray(rgb)) == key_of(rgb.copy())
     assert len({key_of(rgb, **options) for options in ({}, {"max_pixels": 784}, {"resize": (112, 84)})}) == 3
+
+
+AUDIO_PROCESSORS = (
+    AudioProcessor(),
+    AudioProcessor(feature_size=80),
+    AudioProcessor(hop_length=400, n_fft=160),
+    AudioProcessor(n_fft=512),
+    AudioProcessor(chunk_length=30),
+)
+
+
+def test_thirty_thousand_pairs_of_sounds():
+    """As for pixels: a walk that changes one field at each step, often to the same bytes cut otherwise."""
+    chance = random.Random(4)
+    choices = {
+        "samples": [bytes(4 * chance.randrange(2) for _ in range(n)) for n in (0, 16, 16, 32, 32) * 40],
+        "channels": (1, 2, 4),
+        "rate": (8000, 16_000, 44_100, 48_000),
+        "mode": ("int16", "float32", "", "aac", "a"),
+        "salt": (b"", b"a", b"c", b"float32"),
+        "processor": tuple(range(len(AUDIO_PROCESSORS))),
+    }
+    sound = {name: values[0] for name, values in choices.items()}
+    seen: dict[bytes, str] = {}
+    pairs = 0
+    while pairs < 30_000:
+        name = chance.choice(list(choices))
+        changed = {**sound, name: chance.choice(choices[name])}
+        if changed == sound:
+            continue
+        pairs += 1
+        sound = changed
+        assert seen.setdefault(key_of_sound(**sound), repr(sound)) == repr(sound)
+    assert len(seen) == len(set(seen.values())) > 15_000
+
+
+def key_of_sound(samples: bytes, channels: int, rate: int, mode: str, salt: bytes, processor: int) -> bytes:
+    digest = SampleDigest(channels)
+    digest.update(np.frombuffer(samples, "<f4").reshape(-1, channels))
+    settings = AUDIO_PROCESSORS[processor]
+    return audio_key(samples=digest.digest(), rate=rate, mode=mode, processor=settings, salt=salt)
 
 
 def test_without_torch():

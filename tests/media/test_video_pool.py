@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 
 from flexjudge_fast.errors import EngineStateError, MediaError
-from flexjudge_fast.media import video_pool, video_wire
+from flexjudge_fast.media import video_pool, worker_pool, worker_wire
 from flexjudge_fast.media.items import MediaItem, MediaOptions
 from flexjudge_fast.media.video import DecodedVideo, VideoDecoder, decode_video
 from flexjudge_fast.media.video_limits import VideoLimits
-from flexjudge_fast.media.video_pool import DecodingProcess
 from flexjudge_fast.media.video_sampling import FrameBudget
+from flexjudge_fast.media.worker_pool import DecodingProcess
 from tests.media.videos import make_video
 
 BUDGET = FrameBudget(min_pixels=16 * 28 * 28, max_pixels=64 * 28 * 28)
@@ -91,7 +91,7 @@ def test_a_worker_that_died_while_idle_is_replaced() -> None:
 
 
 def test_a_hang_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video_pool, "_GRACE", 0.1)
+    monkeypatch.setattr(worker_pool, "_GRACE", 0.1)
     with VideoDecoder(VideoLimits(timeout=0.2)) as decoder:
         with pytest.MonkeyPatch.context() as patch:
             while_decoding(patch, lambda pid: None)  # it stays stopped
@@ -144,10 +144,10 @@ def test_nonsense_from_a_worker_is_not_believed(messages: list[tuple[dict[str, A
     ours, theirs = socket.socketpair()
     with ours, theirs:
         for header, payload in messages:
-            video_wire.send(theirs, header, payload)
+            worker_wire.send(theirs, header, payload)
         theirs.shutdown(socket.SHUT_WR)
         reply = video_pool._Reply(BUDGET, VideoLimits())
-        with pytest.raises(video_wire.WireError):
+        with pytest.raises(worker_wire.WireError):
             take_all(reply, ours, len(messages))
         assert reply.video is None
 
@@ -160,8 +160,8 @@ def test_broken_messages(data: bytes) -> None:
     with ours, theirs:
         theirs.sendall(data)
         theirs.shutdown(socket.SHUT_WR)
-        with pytest.raises(video_wire.WireError):
-            video_wire.receive(ours)
+        with pytest.raises(worker_wire.WireError):
+            worker_wire.receive(ours)
 
 
 def test_threads_share_a_decoder() -> None:
@@ -277,7 +277,7 @@ print(worker.process.pid, flush=True)
 def test_the_worker_starts_light() -> None:
     code = """
 import sys
-from flexjudge_fast.media import video_decode, video_worker
+from flexjudge_fast.media import video_decode, worker
 video_decode.warm_up()
 print({"torch", "numpy", "transformers"} & set(sys.modules))
 """

@@ -1,6 +1,6 @@
-"""Messages between the engine and the process that decodes videos: a length, a JSON object, then raw bytes.
+"""Messages between the engine and the processes that decode media: a length, a JSON object, then raw bytes.
 
-Both ends are one Unix socket. A video travels as an open file descriptor beside the request, so that the
+Both ends are one Unix socket. A medium travels as an open file descriptor beside the request, so that the
 process that decodes never opens a file by name.
 """
 

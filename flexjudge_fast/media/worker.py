@@ -1,31 +1,31 @@
-"""The process that decodes videos: limits itself, then answers one request after another on its stdin socket.
+"""The process that decodes untrusted media: limits itself, then answers requests on its stdin socket in turn.
 
-Run as `python -m flexjudge_fast.media.video_worker MAX_MEMORY_BYTES` by `media/video.py`.
+Run as `python -m flexjudge_fast.media.worker MODULE MAX_MEMORY_BYTES` by `media/worker_pool.py`. The module,
+such as `flexjudge_fast.media.video_decode`, has `warm_up()`, which opens every file that decoding needs, and
+`messages(file, request)`, which yields the headers and payloads of an answer.
 """
 
+import importlib
 import os
 import resource
 import socket
 import sys
-from dataclasses import asdict
 from typing import Any
 
 from flexjudge_fast.errors import MediaError
-from flexjudge_fast.media.video_limits import VideoLimits
-from flexjudge_fast.media.video_sampling import FrameBudget
-from flexjudge_fast.media.video_wire import WireError, receive, send
+from flexjudge_fast.media.worker_wire import WireError, receive, send
 
 
 def main() -> None:
     """Serves until the other end closes, which it does when the engine's process ends."""
     peer = socket.socket(fileno=0)
     try:
-        from flexjudge_fast.media import video_decode
+        decoder = importlib.import_module(sys.argv[1])
     except ImportError as error:
         send(peer, {"error": str(error)})
         return
-    video_decode.warm_up()
-    limit_process(int(sys.argv[1]))
+    decoder.warm_up()
+    limit_process(int(sys.argv[2]))
     try:
         send(peer, {"ready": True})
         while True:
@@ -33,35 +33,29 @@ def main() -> None:
             if fd is None:
                 return
             with os.fdopen(fd, "rb", buffering=0) as file:
-                answer(peer, video_decode, request, file)
+                answer(peer, decoder, request, file)
     except (WireError, OSError):
         return
 
 
-def answer(peer: socket.socket, video_decode: Any, request: dict[str, Any], file: Any) -> None:
-    """Sends the frames as they come, then the summary; or an error at any point.
+def answer(peer: socket.socket, decoder: Any, request: dict[str, Any], file: Any) -> None:
+    """Sends the decoder's messages as they come, or an error at any point.
 
     `healthy` says whether this process may be used again.
     """
-    budget = FrameBudget(**request["budget"])
-    limits = VideoLimits(**request["limits"])
-    limit_time(limits.timeout)
+    limits = request["limits"]
+    limit_time(limits["timeout"])
     try:
-        for part in video_decode.decode(file, budget, limits):
-            if isinstance(part, bytes):
-                send(peer, {"frame": len(part)}, part)
-            elif isinstance(part, video_decode.Start):
-                send(peer, {"start": asdict(part)})
-            else:
-                send(peer, {"end": asdict(part) | {"digest": part.digest.hex()}})
+        for header, payload in decoder.messages(file, request):
+            send(peer, header, payload)
         return
     except ConnectionError:
         raise  # the engine is gone
     except MediaError as error:
         reason, healthy = str(error), True
     except MemoryError:
-        reason, healthy = f"it needs more than {limits.max_memory_bytes} bytes of memory", False
-    except Exception as error:  # PyAV raises what it likes on broken files
+        reason, healthy = f"it needs more than {limits['max_memory_bytes']} bytes of memory", False
+    except Exception as error:  # native libraries' wrappers raise what they like on broken files
         reason, healthy = f"it cannot be decoded: {type(error).__name__}: {error}", False
     send(peer, {"error": reason[:500], "healthy": healthy})
 
@@ -73,7 +67,7 @@ def limit_process(max_memory_bytes: int) -> None:
     """
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_FSIZE, 0)
-    _limit(resource.RLIMIT_NOFILE, 4)  # stdin, stdout, stderr, and the video
+    _limit(resource.RLIMIT_NOFILE, 4)  # stdin, stdout, stderr, and the medium
     try:
         with open("/proc/self/statm") as file:
             mapped, resident = (int(pages) * resource.getpagesize() for pages in file.read().split()[:2])

@@ -1,0 +1,50 @@
+"""Opens untrusted containers with PyAV, of listed kinds only; runs in the worker processes only."""
+
+import time
+from collections.abc import Sequence
+from typing import Any, BinaryIO
+
+import av
+
+from flexjudge_fast.errors import MediaError
+
+
+class Deadline:
+    """Raises MediaError once `timeout` seconds have passed."""
+
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
+        self.end = time.monotonic() + timeout
+
+    def check(self) -> None:
+        if time.monotonic() > self.end:
+            raise MediaError(f"decoding takes longer than {self.timeout:g} s")
+
+
+def open_container(
+    file: BinaryIO, formats: Sequence[str], codecs: Sequence[str], options: dict[str, str]
+) -> Any:
+    """A container that `file` holds from its start; nothing else is ever opened.
+
+    Args:
+        formats, codecs: FFmpeg's names of those that are read.
+        options: further ones of FFmpeg's demuxers.
+
+    Raises:
+        MediaError: it is broken or not on the list. Other errors of PyAV's pass.
+    """
+    limits = {
+        "format_whitelist": ",".join(formats),
+        "codec_whitelist": ",".join(codecs),
+        "protocol_whitelist": "",
+        "max_streams": "32",
+    }
+    file.seek(0)
+    try:
+        return av.open(file, options=limits | options, metadata_errors="replace", io_open=_refuse_to_open)
+    except (av.InvalidDataError, ValueError) as error:
+        raise MediaError(f"it is broken, or not of a kind that is read ({', '.join(formats)})") from error
+
+
+def _refuse_to_open(url: str, flags: int, options: dict[str, str]) -> BinaryIO:
+    raise MediaError("it refers to another file")
