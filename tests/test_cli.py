@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from flexjudge_fast import Verdict
-from tests.models import write_checkpoint, write_vision_checkpoint
+from tests.models import write_checkpoint, write_omni_checkpoint, write_vision_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -197,3 +197,19 @@ def test_a_quantised_vision_language_model(vision_model, tmp_path):
         "score", "Q", "A", "--image", vision_model / "a.png", "--json", "--model", tmp_path / "q"
     )
     assert json.loads(done.stdout)["finish_reason"] == "answer"
+
+
+def test_recordings_from_the_shell(tmp_path):
+    """The example's checkpoint, a recording of the question and two that are responses."""
+    import numpy as np
+    import soundfile
+
+    write_omni_checkpoint(tmp_path)
+    for name, hertz in (("a.wav", 300), ("b.wav", 400)):
+        soundfile.write(tmp_path / name, 0.3 * np.sin(np.arange(8000) * hertz * 2 * np.pi / 16000), 16000)
+    a, b = tmp_path / "a.wav", tmp_path / "b.wav"
+    common = ("--json", "--model", tmp_path, "--max-think-tokens", 0)
+    done = flexjudge("compare", "Sing.", "--audio", a, "--response-audio", a, "--response-audio", b, *common)
+    assert json.loads(done.stdout)["finish_reason"] == "answer"
+    facts = json.loads(flexjudge("info", tmp_path, "--json").stdout)
+    assert facts["reads"] == "text, image, video, audio"

@@ -1,4 +1,4 @@
-// The thread pool, packed products, attention, a decoder's steps, a vision tower and draws by themselves, for the sanitizers and for
+// The thread pool, packed products, attention, a decoder's steps, towers and draws by themselves, for the sanitizers and for
 // emulated instruction sets: every buffer is exactly as large as the interface asks for. FJ_TESTED: the table of
 // kernels; FJ_TWIN: one of the same bits.
 #include <algorithm>
@@ -11,6 +11,7 @@
 #include <random>
 #include <vector>
 
+#include "flexjudge/audio.h"
 #include "flexjudge/decoder.h"
 #include "flexjudge/half.h"
 #include "flexjudge/vision.h"
@@ -260,6 +261,11 @@ struct RandomWeights {
   std::deque<std::vector<float>> floats;
 
   const float* random(std::int64_t count) { return floats.emplace_back(random_floats(count)).data(); }
+  Linear biased(Format format, std::int64_t rows, std::int64_t columns) {
+    Linear w = linear({{format, rows}}, columns);
+    w.bias = random(rows);
+    return w;
+  }
   Linear linear(std::vector<std::pair<Format, std::int64_t>> parts, std::int64_t columns) {
     Linear w;
     for (const auto& [which, rows] : parts) {
@@ -304,10 +310,23 @@ struct SmallTower : RandomWeights {
                               biased(format, inner, hidden), biased(format, inner, hidden), biased(format, hidden, inner)});
     }
   }
-  Linear biased(Format format, std::int64_t rows, std::int64_t columns) {
-    Linear w = linear({{format, rows}}, columns);
-    w.bias = random(rows);
-    return w;
+};
+
+// Two layers of an audio tower.
+struct SmallEar : RandomWeights {
+  AudioTower model{};
+
+  explicit SmallEar(Format format) {
+    const std::int64_t hidden = 40, inner = 52;
+    model = {hidden, 2, 1e-5f, {}};
+    for (int i = 0; i < 2; ++i) {
+      model.layers.push_back({norm(hidden), biased(format, 3 * hidden, hidden), biased(format, hidden, hidden), norm(hidden),
+                              biased(format, inner, hidden), biased(format, hidden, inner)});
+    }
+  }
+  LayerNorm norm(std::int64_t size) {
+    const float* weight = random(size);
+    return {weight, random(size)};
   }
 };
 
@@ -373,6 +392,25 @@ void test_vision(Format format) {
   expect(std::equal(alone.begin(), alone.end(), both.begin()), "the same embeddings alone");
 }
 
+std::vector<float> run_ear(const AudioTower& model, std::vector<float> hidden, const std::vector<std::int64_t>& windows, int threads) {
+  const AudioStep step{windows.back(), {static_cast<std::int64_t>(windows.size()) - 1, windows.data()}, hidden.data()};
+  const Aligned scratch(FJ_TESTED.audio_scratch_bytes(model, step, threads));
+  run_team(threads, [&](Team& team, int rank) { FJ_TESTED.audio(model, step, scratch.data, team, rank); });
+  return hidden;
+}
+
+// The same bits on any number of threads, and for a recording alone and before another.
+void test_audio(Format format) {
+  const SmallEar ear(format);
+  const std::vector<std::int64_t> windows{0, 100, 133, 134, 234};
+  const std::vector<float> hidden = random_floats(234 * 40);
+  const std::vector<float> both = run_ear(ear.model, hidden, windows, 1);
+  for (const float v : both) expect(std::isfinite(v), "finite hidden states");
+  for (const int threads : {2, 3}) expect(run_ear(ear.model, hidden, windows, threads) == both, "the same hidden states on any number of threads");
+  const std::vector<float> alone = run_ear(ear.model, {hidden.begin(), hidden.begin() + 133 * 40}, {0, 100, 133}, 2);
+  expect(std::equal(alone.begin(), alone.end(), both.begin()), "the same hidden states alone");
+}
+
 void test_draws() {
   for (const std::int64_t size : {1, 15, 16, 257, 1000}) {
     std::vector<float> row(static_cast<std::size_t>(size));
@@ -404,7 +442,10 @@ int main() {
     test_decoder(format, 16, 16);
     test_decoder(format, 20, 5);
   }
-  for (const Format format : {Format::kF32, Format::kF16, Format::kBF16}) test_vision(format);
+  for (const Format format : {Format::kF32, Format::kF16, Format::kBF16}) {
+    test_vision(format);
+    test_audio(format);
+  }
   test_draws();
   std::puts("ok");
 }

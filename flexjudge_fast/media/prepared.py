@@ -37,29 +37,6 @@ class PreparedMedia:
 
 @dataclass(frozen=True, eq=False)
 class PreparedAudio:
-    """A recording after decoding, mixing and resampling, as its spectrogram.
-
-    Args:
-        key: 32 bytes, as for `PreparedMedia`.
-        features: float32 [num_mel_bins, num_frames], log-mel.
-        num_tokens: embeddings that the encoder makes of it.
-    """
-
-    key: bytes
-    features: NDArray[np.float32]
-    num_tokens: int
-    kind: MediaKind = "audio"
-
-    @property
-    def nbytes(self) -> int:
-        return self.features.nbytes
-
-
-AnyMedia = PreparedMedia | PreparedAudio
-
-
-@dataclass(frozen=True, eq=False)
-class PreparedAudio:
     """A sound after decoding, mixing, resampling and its spectrogram.
 
     Features are kept and not samples: they are smaller (128 values for 160 samples), and no step needs both.
@@ -77,6 +54,13 @@ class PreparedAudio:
     features: NDArray[np.float32]
     num_tokens: int
     seconds: float
+
+    @property
+    def nbytes(self) -> int:
+        return self.features.nbytes
+
+
+AnyMedia = PreparedMedia | PreparedAudio
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,6 +24,7 @@ from flexjudge_fast.media.video_pool import DecodedVideo, VideoDecoder
 from flexjudge_fast.media.video_sampling import FrameBudget
 from flexjudge_fast.media.vision_processor import VisionProcessor
 
+_Read = Callable[[MediaItem, MediaOptions], AnyMedia]
 _MOST_SECONDS = 1e6  # from one temporal patch to the next
 _MOST_THREADS = 4  # each may hold an image of 240 MiB while it is decoded
 
@@ -45,7 +46,7 @@ class MediaReader:
 
     def submit(self, item: MediaItem, options: MediaOptions) -> "Future[AnyMedia]":
         """Start to read; the future raises MediaError where it cannot be read."""
-        ways = {"image": self._image, "video": self._video, "audio": self._audio}
+        ways: dict[str, _Read] = {"image": self._image, "video": self._video, "audio": self._audio}
         read = ways[item.kind]
         try:
             return self._threads.submit(_named, read, item, options)
@@ -102,9 +103,7 @@ def result_of(future: "Future[AnyMedia]") -> AnyMedia:
         raise EngineStateError("this engine is closed") from error
 
 
-def _named(
-    read: Callable[[MediaItem, MediaOptions], AnyMedia], item: MediaItem, options: MediaOptions
-) -> AnyMedia:
+def _named(read: _Read, item: MediaItem, options: MediaOptions) -> AnyMedia:
     """Whatever goes wrong is this medium's error, and nobody else's."""
     try:
         return read(item, options)

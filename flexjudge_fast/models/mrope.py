@@ -25,7 +25,7 @@ class PositionSpan:
 
     @property
     def end(self) -> int:
-        return self.start + self.offsets.shape[1]
+        return self.start + int(self.offsets.shape[1])
 
 
 def mrope_positions(num_tokens: int, spans: Sequence[PositionSpan]) -> NDArray[np.int64]:
@@ -97,7 +97,8 @@ def _turns(times: NDArray[np.int64], chunk: int) -> list[tuple[int, int]]:
 
     A token passes one multiple: where times jump over several, turns of one token follow, as in transformers.
     """
-    turns, first = [], 0
+    turns: list[tuple[int, int]] = []
+    first = 0
     for i, time in enumerate(times.tolist()):
         if time >= (len(turns) + 1) * chunk:
             turns.append((first, i))
