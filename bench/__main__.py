@@ -21,7 +21,7 @@ from bench.parts import QWEN_15B, Plan, find_model, qwen, seven, smollm2
 from bench.plot import write_plot
 from bench.report import as_json, show_bars, show_ops, show_rows, write_json
 from bench.rounds import Row
-from bench.vision import measure_encoding, measure_judging
+from bench.vision import measure_encoding, measure_hearing, measure_judging
 from flexjudge_fast.cli import default_model
 
 RESULTS = Path(__file__).parent / "results"
@@ -92,6 +92,12 @@ def judge_vision(plan: Plan) -> list[Row]:
     return measure_judging(plan.threads, min(plan.rounds, 3))
 
 
+def hearing(plan: Plan) -> list[Row]:
+    if plan.quick:
+        raise MissingError("left out by --quick")
+    return measure_hearing(plan.threads, 1)
+
+
 PARTS: dict[str, Callable[[Plan], list[Row]]] = {
     "ceilings": ceilings,
     "loading": loading,
@@ -102,6 +108,7 @@ PARTS: dict[str, Callable[[Plan], list[Row]]] = {
     "judge-qwen": judge_large,
     "vision": vision,
     "judge-vision": judge_vision,
+    "hearing": hearing,
 }
 
 

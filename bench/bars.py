@@ -100,6 +100,8 @@ def _bars(rows: Sequence[Row], setting: str) -> list[Bar]:
     if setting == SETTINGS[0]:  # a tower's weights are plain: both settings are the same
         eye, image = Medians(rows, "vision"), "encode 448x448"
         peak = eye.of("ceiling: bf16", image) or eye.of("ceiling: fp32", image)
+        ear, sound = Medians(rows, "hearing"), "encode 10 s of sound"
+        bar("audio tower: transformers bf16", 1.5, ear.of("transformers", sound), ear.of("ours", sound))
         bar("vision tower: transformers bf16", 1.5, eye.of("ours", image), eye.of("transformers", image))
         bar("vision tower: share of the bf16 peak (fp32 without bf16)", 0.6, eye.of("ours", image), peak)
 

@@ -1,6 +1,5 @@
 """Images: encoding at the published tower's size, the memory of many, and images that are judged again."""
 
-import resource
 import subprocess
 import sys
 import tempfile
@@ -17,10 +16,14 @@ import torch
 from bench.ceilings import Ceilings
 from bench.engines import MissingError
 from bench.rounds import Row
-from bench.vision_models import REAL_TOWER, SMALL, picture, write_model
+from bench.vision_models import REAL_TOWER, SMALL, InMemory, picture, write_model
 from flexjudge_fast import Engine, SamplingParams
 from flexjudge_fast.engine.engine import EngineInput
 from flexjudge_fast.media.items import MediaItem, MediaOptions
+from flexjudge_fast.models.audio_config import AudioConfig
+from flexjudge_fast.models.audio_tower import AudioTower
+from flexjudge_fast.models.loader import TensorLoader
+from flexjudge_fast.models.packed_audio import PackedAudioTower
 from flexjudge_fast.prompts.segments import Prompt
 
 ENCODE, FIRST, AGAIN = "encode 448x448", "first judgement of an image", "second judgement of it"
@@ -51,7 +54,7 @@ def _encode_in_turns(folder: Path, model: Any, threads: int, rounds: int) -> lis
     samples: dict[str, list[float]] = {}
     missing: list[Row] = []
     with Engine.from_pretrained(folder, num_threads=threads, kv_cache_memory="64MiB") as engine:
-        tower = engine._parts.runner.encoder.tower  # type: ignore[union-attr]
+        tower = engine._parts.runner.encoder.vision.tower  # type: ignore[union-attr]
         patches, grid = _patches(engine), (1, 32, 32)
         work = _operations() / 1e9
         ways: dict[str, Callable[[], Any]] = {
@@ -78,7 +81,7 @@ def _patches(engine: Engine) -> torch.Tensor:
     (future,) = engine.read_media([MediaItem("image", picture(0))], MediaOptions())
     encoder = engine._parts.runner.encoder
     assert encoder is not None
-    return encoder._patches(future.result())
+    return encoder.vision.patches(future.result())
 
 
 def _operations() -> float:
@@ -92,12 +95,44 @@ def _operations() -> float:
 def peak_memory(folder: Path, count: int, threads: int) -> float:
     """MB of this process at its peak, after `count` different images in one batch, less what loading took."""
     with Engine.from_pretrained(folder, num_threads=threads, kv_cache_memory="64MiB") as engine:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        Path("/proc/self/clear_refs").write_text("5")  # the peak so far was that of loading
+        before = _peak_kilobytes()
         messages = [
             [{"role": "user", "content": [{"type": "image", "image": picture(i)}]}] for i in range(count)
         ]
         engine.generate(messages, SamplingParams(temperature=0, max_tokens=1))
-        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3
+        return (_peak_kilobytes() - before) / 1e3
+
+
+def _peak_kilobytes() -> float:
+    """Of this process's memory, since it was last reset."""
+    status = Path("/proc/self/status").read_text()
+    return float(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+
+
+def measure_hearing(threads: int, rounds: int) -> list[Row]:
+    """The published audio tower in bfloat16, random weights: ten seconds of sound, in seconds."""
+    from transformers import Qwen2_5OmniAudioEncoderConfig
+    from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniAudioEncoder
+
+    torch.manual_seed(0)
+    torch.set_num_threads(threads)
+    model = Qwen2_5OmniAudioEncoder(Qwen2_5OmniAudioEncoderConfig()).to(torch.bfloat16).eval()
+    tensors = {f"audio_tower.{name}": tensor for name, tensor in model.state_dict().items()}
+    config = AudioConfig(128, 32, 20, 5120, 1280, 1500, 100, 3584, 0, 0, 0)
+    loader = TensorLoader(InMemory(tensors), torch.bfloat16, torch.device("cpu"), merge=False)
+    tower = PackedAudioTower(AudioTower(config, loader), threads)
+    features = torch.randn(128, 1000)
+    ways: dict[str, Callable[[], Any]] = {
+        f"{OURS}, bf16": partial(tower.encode, [features]),
+        f"{THEIRS} bf16": partial(model, features.bfloat16(), feature_lens=torch.tensor([1000])),
+    }
+    samples: dict[str, list[float]] = {name: [] for name in ways}
+    with torch.inference_mode():
+        for _ in range(rounds + 1):
+            for name, call in ways.items():
+                samples[name].append(_timed(call))
+    return [Row("hearing", name, "encode 10 s of sound", "s", tuple(s[1:])) for name, s in samples.items()]
 
 
 RUBRIC = "Judge whether the picture shows what was asked for. " * 4

@@ -1,6 +1,7 @@
 """Random Qwen2.5-VL checkpoints of a given shape, in transformers' layout, and pictures to show them."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from bench.engines import MissingError
+from flexjudge_fast.weights.checkpoint import Checkpoint
+from flexjudge_fast.weights.tensor import DenseTensor, Weight
 
 CONTROL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>", "<|vision_end|>"]
 CONTROL += ["<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]  # ids from 256 on
@@ -91,6 +94,27 @@ def _write_rest(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     (folder / "preprocessor_config.json").write_text(json.dumps({"min_pixels": 3136, "max_pixels": 12845056}))
+
+
+class InMemory(Checkpoint):
+    """Tensors that are there already, as a checkpoint."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.path = Path("memory")
+        self._tensors = tensors
+
+    def tensor_names(self) -> Sequence[str]:
+        return tuple(self._tensors)
+
+    def tensor(self, name: str) -> Weight:
+        return DenseTensor(self._tensors[name])
+
+    def tokenizer_json(self) -> str:
+        return "{}"
+
+    def weight_files(self) -> Sequence[Path]:
+        return ()
 
 
 def picture(seed: int, width: int = 448, height: int = 448) -> Image.Image:

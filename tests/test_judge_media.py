@@ -125,7 +125,7 @@ def test_few_large_media_are_held_at_once(judge, monkeypatch):
 
 
 def test_images_of_a_batch_are_encoded_together(judge, monkeypatch):
-    tower = judge.engine._parts.runner.encoder.tower
+    tower = judge.engine._parts.runner.encoder.vision.tower
     groups = []
     encode = tower.encode
     monkeypatch.setattr(tower, "encode", lambda x, grids: groups.append(len(grids)) or encode(x, grids))
