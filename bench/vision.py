@@ -24,6 +24,7 @@ from flexjudge_fast.models.audio_config import AudioConfig
 from flexjudge_fast.models.audio_tower import AudioTower
 from flexjudge_fast.models.loader import TensorLoader
 from flexjudge_fast.models.packed_audio import PackedAudioTower
+from flexjudge_fast.ops.backend import has_compiled_ops
 from flexjudge_fast.prompts.segments import Prompt
 
 ENCODE, FIRST, AGAIN = "encode 448x448", "first judgement of an image", "second judgement of it"
@@ -115,6 +116,8 @@ def measure_hearing(threads: int, rounds: int) -> list[Row]:
     from transformers import Qwen2_5OmniAudioEncoderConfig
     from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniAudioEncoder
 
+    if not has_compiled_ops():
+        raise MissingError("the compiled ops are not there")
     torch.manual_seed(0)
     torch.set_num_threads(threads)
     model = Qwen2_5OmniAudioEncoder(Qwen2_5OmniAudioEncoderConfig()).to(torch.bfloat16).eval()
