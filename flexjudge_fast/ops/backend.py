@@ -10,14 +10,26 @@ from pathlib import Path
 import torch
 
 
-@functools.cache
-def has_compiled_ops() -> bool:
-    """Whether `torch.ops.flexjudge` is there. Loads the library at the first call.
+def uses_triton(x: torch.Tensor) -> bool:
+    """Whether an op runs its Triton kernel on this tensor: on a GPU, unless the environment says otherwise.
 
-    `FLEXJUDGE_BACKEND=reference` leaves it out, so that everything runs in plain torch.
+    `FLEXJUDGE_BACKEND=triton` runs the kernels wherever a tensor is (in Triton's interpreter, under
+    TRITON_INTERPRET=1), `FLEXJUDGE_BACKEND=reference` nowhere.
     """
-    if os.environ.get("FLEXJUDGE_BACKEND") == "reference":
-        return False
+    forced = os.environ.get("FLEXJUDGE_BACKEND")
+    return forced == "triton" or (x.is_cuda and forced != "reference")
+
+
+def has_compiled_ops() -> bool:
+    """Whether `torch.ops.flexjudge` is there, and wanted.
+
+    `FLEXJUDGE_BACKEND` "reference" leaves it out, so that everything runs in plain torch, and "triton".
+    """
+    return os.environ.get("FLEXJUDGE_BACKEND") not in ("reference", "triton") and _load_compiled_ops()
+
+
+@functools.cache
+def _load_compiled_ops() -> bool:
     found = sorted(Path(__file__).parent.parent.glob("_C*.so"))
     try:
         torch.ops.load_library(str(found[0]))

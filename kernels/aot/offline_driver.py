@@ -1,0 +1,128 @@
+"""A Triton driver for a GPU that is not there: launches compile for it and then do nothing."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime import driver as triton_driver
+
+from flexjudge_fast.kernels.chips import Arch
+
+
+@dataclass(frozen=True)
+class CompiledVariant:
+    """One compiled kernel. constants: its compile-time arguments; shared: bytes of dynamic shared memory."""
+
+    name: str
+    constants: dict[str, Any]
+    signature: dict[str, str]
+    num_warps: int
+    num_stages: int
+    shared: int
+    cubin: Path
+    was_cached: bool
+
+    @property
+    def label(self) -> str:
+        """The name and the compile-time constants that are numbers, for people."""
+        return self.name + " " + " ".join(f"{k}={v}" for k, v in self.constants.items())
+
+
+class _Utils:
+    """What Triton asks a device: its limits, and to load a binary."""
+
+    def __init__(self, arch: Arch) -> None:
+        self.arch = arch
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": self.arch.max_shared, "multiprocessor_count": 1, "max_num_regs": 65536}
+
+    def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[int, ...]:
+        return (1, 1, 0, 0, 1024)  # module, function, registers, spills, most threads
+
+
+class OfflineDriver(DriverBase):  # type: ignore[misc]
+    """Triton's driver interface for `arch`. Each architecture is a device number of its own, because Triton
+    keeps what it compiled by device."""
+
+    def __init__(self, arch: Arch) -> None:
+        super().__init__()
+        self.arch = arch
+        self.utils = _Utils(arch)
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return False
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        return lambda *args: None
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        raise NotImplementedError
+
+    def get_benchmarker(self) -> Any:
+        raise NotImplementedError("nothing runs on a device that is not there")
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+    def get_current_device(self) -> int:
+        return self.arch.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_device_capability(self, device: int) -> tuple[int, int]:
+        return divmod(self.arch.capability, 10)
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch.capability, 32)
+
+
+@contextlib.contextmanager
+def compiling_for(arch: Arch, folder: Path) -> Iterator[list[CompiledVariant]]:
+    """Inside the `with`, kernels that are launched on meta or CPU tensors are compiled into `folder`.
+
+    Yields:
+        What was compiled, or found in the folder, so far.
+
+    Raises:
+        triton.runtime.errors.OutOfResources: at a launch, if a kernel needs more shared memory than there is.
+    """
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET=1 is set: kernels are interpreted and cannot be compiled")
+    variants: list[CompiledVariant] = []
+
+    def listen(*, src: Any, metadata: Any, metadata_group: Any, cache_hit: bool, **_: Any) -> None:
+        names = src.fn.arg_names
+        constants = {names[path[0]]: value for path, value in src.constants.items() if len(path) == 1}
+        cubin = next(Path(path) for name, path in metadata_group.items() if name.endswith(".cubin"))
+        variants.append(
+            CompiledVariant(
+                metadata["name"],
+                constants,
+                dict(src.signature),
+                metadata["num_warps"],
+                metadata["num_stages"],
+                metadata["shared"],
+                cubin,
+                cache_hit,
+            )
+        )
+
+    knobs = triton.knobs
+    before = (knobs.compilation.listener, knobs.cache.dir)
+    knobs.compilation.listener, knobs.cache.dir = listen, str(folder)
+    previous = triton_driver._active
+    triton_driver.set_active(OfflineDriver(arch))
+    try:
+        yield variants
+    finally:
+        triton_driver.set_active(previous)
+        knobs.compilation.listener, knobs.cache.dir = before

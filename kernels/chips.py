@@ -1,0 +1,63 @@
+"""What kernels and reports must know about each GPU architecture: limits of a block, and datasheet speeds."""
+
+from dataclasses import dataclass
+
+import triton
+
+
+@dataclass(frozen=True)
+class Arch:
+    """Limits of a multiprocessor, sizes in bytes (CUDA C++ Programming Guide, "Compute Capabilities")."""
+
+    name: str
+    capability: int
+    max_shared: int  # of one block
+    sm_shared: int  # of all blocks on a multiprocessor, 1 KiB of which each block gives up
+    max_threads: int  # resident on a multiprocessor
+    registers: int = 65536
+
+
+ARCHS = (
+    Arch("sm_80", 80, 166912, 167936, 2048),
+    Arch("sm_86", 86, 101376, 102400, 1536),
+    Arch("sm_89", 89, 101376, 102400, 1536),
+    Arch("sm_90", 90, 232448, 233472, 2048),
+    Arch("sm_100", 100, 232448, 233472, 2048),
+    Arch("sm_120", 120, 101376, 102400, 1536),
+)
+INTERPRETER = 0  # stands for a capability where Triton interprets
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A card's datasheet: bytes and dense operations per second."""
+
+    name: str
+    arch: str
+    bandwidth: float
+    bf16_flops: float
+    int8_ops: float
+    fp8_flops: float  # 0 where the chip has none
+
+
+CHIPS = (
+    Chip("A100 80GB SXM", "sm_80", 2039e9, 312e12, 624e12, 0),
+    Chip("H100 SXM", "sm_90", 3350e9, 989e12, 1979e12, 1979e12),
+    Chip("L4", "sm_89", 300e9, 121e12, 242e12, 242e12),
+    Chip("RTX 4090", "sm_89", 1008e9, 165.2e12, 660.6e12, 660.6e12),
+)
+
+
+def find_arch(name: str) -> Arch:
+    """The architecture of this name. Raises ValueError, which lists those that are known."""
+    for arch in ARCHS:
+        if arch.name == name:
+            return arch
+    raise ValueError(f"{name!r}: known architectures are {', '.join(arch.name for arch in ARCHS)}")
+
+
+def capability() -> int:
+    """Of the device that Triton launches on: 90 for sm_90; `INTERPRETER` under TRITON_INTERPRET=1."""
+    if triton.knobs.runtime.interpret:
+        return INTERPRETER
+    return int(triton.runtime.driver.active.get_current_target().arch)
