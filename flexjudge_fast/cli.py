@@ -382,3 +382,7 @@ def main() -> None:
     """Entry point of the `flexjudge` command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -39,3 +39,7 @@ class EngineStateError(FlexJudgeError):
 
 class MediaError(FlexJudgeError):
     """A medium cannot be read: broken, over a limit, or of a kind that is not read; the message names it."""
+
+
+class KernelBundleError(FlexJudgeError):
+    """A folder of compiled kernels is broken, or made for another GPU, Triton or version of the kernels."""

@@ -1,6 +1,6 @@
 """What a model launches, with the bytes and operations each launch costs: for compiling and for reports."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -42,3 +42,13 @@ class Launch:
     moved_bytes: float
     flops: float
     needs: str = ""
+
+
+def launches(shape: ModelShape) -> Iterator[Launch]:
+    """All launches of a model of this shape, one for each variant that a step may need."""
+    # The parts import this module for its types.
+    from flexjudge_fast.kernels import catalog_attention, catalog_linear, catalog_small
+
+    yield from catalog_attention.launches(shape)
+    yield from catalog_linear.launches(shape)
+    yield from catalog_small.launches(shape)

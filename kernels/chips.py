@@ -14,16 +14,20 @@ class Arch:
     max_shared: int  # of one block
     sm_shared: int  # of all blocks on a multiprocessor, 1 KiB of which each block gives up
     max_threads: int  # resident on a multiprocessor
+    tensor_core: str  # pattern of its best matrix instructions' names
+    features: frozenset[str] = frozenset()
     registers: int = 65536
 
 
+# Of a warp, of a group of four, and of Blackwell's tensor memory; the letter is the operands' type.
+_WARP, _WARP_GROUP, _TENSOR_MEMORY = r"[HIQO]MMA", r"[HIQ]GMMA", r"UTC\w*MMA"
 ARCHS = (
-    Arch("sm_80", 80, 166912, 167936, 2048),
-    Arch("sm_86", 86, 101376, 102400, 1536),
-    Arch("sm_89", 89, 101376, 102400, 1536),
-    Arch("sm_90", 90, 232448, 233472, 2048),
-    Arch("sm_100", 100, 232448, 233472, 2048),
-    Arch("sm_120", 120, 101376, 102400, 1536),
+    Arch("sm_80", 80, 166912, 167936, 2048, _WARP),
+    Arch("sm_86", 86, 101376, 102400, 1536, _WARP),
+    Arch("sm_89", 89, 101376, 102400, 1536, _WARP, frozenset(["fp8"])),
+    Arch("sm_90", 90, 232448, 233472, 2048, _WARP_GROUP, frozenset(["fp8"])),
+    Arch("sm_100", 100, 232448, 233472, 2048, _TENSOR_MEMORY, frozenset(["fp8"])),
+    Arch("sm_120", 120, 101376, 102400, 1536, _WARP, frozenset(["fp8"])),
 )
 INTERPRETER = 0  # stands for a capability where Triton interprets
 

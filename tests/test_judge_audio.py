@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 import soundfile
 
-from flexjudge_fast import Engine, Judge, Judgement, MediaError, Response, UnsupportedMediaError
+from flexjudge_fast import (
+    Engine,
+    Judge,
+    Judgement,
+    MediaError,
+    RequestTooLargeError,
+    Response,
+    UnsupportedMediaError,
+)
+from flexjudge_fast.media import reader
 from tests.models import write_omni_checkpoint, write_vision_checkpoint
 from tests.test_judge_media import QUICK, clip, picture, plain
 
@@ -108,6 +117,7 @@ def test_every_source_of_a_recording_is_the_same(judge, tmp_path):
         {"audios": (tone(440),)},
         {"audios": ("https://example.com/a.wav",)},
         {"videos": (clip(1),), "use_audio_in_video": True},
+        {"videos": ([picture(0, 96, 64)] * 2,), "use_audio_in_video": True},
     ],
 )
 def test_a_bad_recording_fails_alone(judge, bad):
@@ -119,6 +129,20 @@ def test_a_bad_recording_fails_alone(judge, bad):
     assert [plain(found[i]) for i in (0, 2, 3)] == wanted
     with pytest.raises(MediaError):
         judge.score("Q", "A", **bad)
+
+
+def test_more_sound_than_the_context_holds_is_not_read_to_the_end(folder, monkeypatch):
+    """A thousand references to one long file would else lie decoded in memory before they are refused."""
+    read = []
+    prepare = reader.prepare_audio
+    monkeypatch.setattr(reader, "prepare_audio", lambda *given: read.append(given) or prepare(*given))
+    samples = (tone(440, 40.0), RATE)  # 1000 tokens
+    with Engine.from_pretrained(folder, kv_cache_memory="32MiB", max_model_len=1900) as engine:
+        judge = Judge(engine)
+        with pytest.raises(RequestTooLargeError, match=r"audios\[\d+\]: the prompt's media take \d,000"):
+            judge.score("Q", "A", audios=[samples] * 40)
+        assert len(read) <= 2 + 4  # two are too many; each thread may have begun another
+        assert judge.score("Q", "A", audios=[samples], **QUICK).scores
 
 
 def test_a_film_is_heard(judge, film):

@@ -11,7 +11,7 @@ from flexjudge_fast.engine.media_input import MediaInput
 from flexjudge_fast.errors import InvalidArgumentError, UnsupportedMediaError
 from flexjudge_fast.media.items import MediaItem, MediaOptions
 from flexjudge_fast.media.prepared import AnyMedia
-from flexjudge_fast.media.reader import MediaReader, result_of
+from flexjudge_fast.media.reader import MediaReader, TokenBudget, result_of
 from flexjudge_fast.models.mrope import mrope_positions
 from flexjudge_fast.prompts.chat_template import ChatTemplate
 from flexjudge_fast.prompts.segments import Media, Prompt, Segment
@@ -26,6 +26,7 @@ class PromptEncoder:
 
     Args:
         vocab_size: of the model; the tokenizer's may be smaller or larger.
+        max_len: tokens that a sequence may have.
         media, reader: both or neither.
     """
 
@@ -34,12 +35,14 @@ class PromptEncoder:
         tokenizer: Tokenizer,
         chat_template: ChatTemplate,
         vocab_size: int,
+        max_len: int,
         media: MediaInput | None = None,
         reader: MediaReader | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._chat_template = chat_template
         self._vocab_size = vocab_size
+        self._max_len = max_len
         self._media = media
         self._reader = reader
 
@@ -65,7 +68,10 @@ class PromptEncoder:
                 raise UnsupportedMediaError(
                     f"{item.name or item.kind}: the loaded model reads {reads}, not {item.kind}"
                 )
-        return [] if self._reader is None else [self._reader.submit(item, options) for item in items]
+        if self._reader is None:
+            return []
+        budget = TokenBudget(self._max_len)
+        return [self._reader.submit(item, options, budget) for item in items]
 
     def positions(self, prompt: Prompt) -> NDArray[np.int64] | None:
         """M-RoPE positions [3, num_tokens] of a prompt with media; `None` where they are 0, 1, 2, ..."""

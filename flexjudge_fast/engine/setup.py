@@ -94,6 +94,7 @@ def load_parts(
             tokenizer,
             _chat_template(checkpoint),
             decoder.vocab_size,
+            max_len,
             None if media is None else media.input,
             None if media is None else media.reader,
         ),

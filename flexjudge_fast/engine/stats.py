@@ -8,7 +8,7 @@ class EngineStats:
     """KV blocks now, queues now, and tokens since the engine was made.
 
     `num_forward_tokens` went through the model; `num_cached_tokens` of the prompts' tokens did not have to.
-    `num_encoded_media` images and videos were encoded; `num_cached_media` times one was found done.
+    `num_encoded_media` media were encoded; `num_cached_media` times one was found done.
     """
 
     num_blocks: int

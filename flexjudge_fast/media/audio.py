@@ -74,6 +74,8 @@ def load_sound(
         limits = replace(limits, max_file_bytes=limits.max_video_bytes)
     source = item.source
     try:
+        if item.kind == "video" and isinstance(source, list | tuple | np.ndarray | torch.Tensor):
+            raise MediaError("frames have no sound track; give the file, or use_audio_in_video=False")
         if isinstance(source, tuple | Mapping):
             return _from_samples(*_samples_and_rate(source), processor.sampling_rate, limits)
         if isinstance(source, np.ndarray | torch.Tensor):
@@ -101,10 +103,14 @@ def _samples_and_rate(source: tuple[Any, ...] | Mapping[str, Any]) -> tuple[Samp
     if len(source) != 2:
         raise MediaError(f"a tuple of {len(source)}; give (samples, rate)")
     given, rate = source
+    if isinstance(rate, np.ndarray | torch.Tensor):
+        raise MediaError("the other way round: give (samples, rate)")
     if not isinstance(rate, int | float | np.integer | np.floating) or isinstance(rate, bool):
         raise MediaError(f"a rate of type {type(rate).__name__}; give (samples, rate)")
     if isinstance(given, torch.Tensor):
         check_type(str(given.dtype).removeprefix("torch."))  # numpy has no bfloat16
+        if given.layout is not torch.strided:
+            raise MediaError(f"samples in a tensor of layout {given.layout}; give a dense one")
         given = given.detach().cpu().numpy()
     if not isinstance(given, np.ndarray):
         raise MediaError(f"samples of type {type(given).__name__}; give a numpy array or a torch tensor")

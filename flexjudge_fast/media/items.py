@@ -28,7 +28,7 @@ class MediaOptions:
         resize: (width, height) in pixels before they are rounded to whole patches.
         fps: frames per second taken from a video.
         allow_remote: fetch http(s) URLs.
-        use_audio_in_video: hear a video's sound track, too.
+        use_audio_in_video: hear a video's sound track, too; it must have one.
     """
 
     max_pixels: int | None = None

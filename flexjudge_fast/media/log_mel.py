@@ -9,7 +9,6 @@ from flexjudge_fast.media.audio_processor import AudioProcessor
 
 _HIGHEST = 8000.0  # Hz; the last filter ends here
 _LEAST_POWER = 1e-10
-_FEWEST = 32  # frames computed at least: products of fewer are summed in another order than those of many
 _RANGE = 8.0  # powers of ten below the loudest that are kept
 _BREAK_HZ, _BREAK_MEL = 1000.0, 15.0  # Slaney's scale is linear below, logarithmic above
 _LOG_STEP = np.log(6.4) / 27.0  # natural logarithm of a mel's ratio above the break
@@ -38,17 +37,30 @@ def log_mel(samples: NDArray[np.float32], processor: AudioProcessor) -> NDArray[
     hop, n_fft = processor.hop_length, processor.n_fft
     num_frames = processor.num_frames(len(samples))
     # Enough silence that neither a frame that hears the sound nor its mirror image at the end is cut.
-    length = min(max(num_frames, _FEWEST) * hop + 2 * n_fft, processor.max_samples)
+    length = min(num_frames * hop + 2 * n_fft, processor.max_samples)
     padded = torch.zeros(-(-length // hop) * hop)
     padded[: len(samples)] = torch.from_numpy(samples)
     spectrum = torch.stft(padded, n_fft, hop, window=torch.hann_window(n_fft), return_complex=True)
     power = (spectrum[:, :-1].abs() ** 2).contiguous()  # [n_fft / 2 + 1, frames]
     del spectrum
-    filters = torch.from_numpy(mel_filters(processor)).float()  # [feature_size, n_fft / 2 + 1]
-    logs = torch.clamp(filters @ power, min=_LEAST_POWER).log10()
+    mels = torch.from_numpy(_filtered(power.numpy(), mel_filters(processor).astype(np.float32)))
+    logs = torch.clamp(mels, min=_LEAST_POWER).log10()
     floor = logs.max() - _RANGE
     found: NDArray[np.float32] = ((torch.maximum(logs[:, :num_frames], floor) + 4.0) / 4.0).numpy()
     return np.ascontiguousarray(found)
+
+
+def _filtered(power: NDArray[np.float32], filters: NDArray[np.float32]) -> NDArray[np.float32]:
+    """`filters @ power`, each sum in the order of frequencies: a library's product rounds as its threads are.
+
+    Args:
+        power: [num_frequencies, frames]; filters: [feature_size, num_frequencies], few of which are not 0.
+    """
+    mels = np.zeros((len(filters), power.shape[1]), np.float32)
+    for mel, weights in zip(mels, filters, strict=True):
+        for frequency in weights.nonzero()[0]:
+            mel += weights[frequency] * power[frequency]
+    return mels
 
 
 def mel_filters(processor: AudioProcessor) -> NDArray[np.float64]:

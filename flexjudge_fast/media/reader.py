@@ -10,7 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from flexjudge_fast.errors import EngineStateError, FlexJudgeError, MediaError, UnsupportedMediaError
+from flexjudge_fast.errors import (
+    EngineStateError,
+    FlexJudgeError,
+    MediaError,
+    RequestTooLargeError,
+    UnsupportedMediaError,
+)
 from flexjudge_fast.media.audio import prepare_audio
 from flexjudge_fast.media.audio_pool import AudioDecoder
 from flexjudge_fast.media.audio_processor import AudioProcessor
@@ -29,6 +35,31 @@ _MOST_SECONDS = 1e6  # from one temporal patch to the next
 _MOST_THREADS = 4  # each may hold an image of 240 MiB while it is decoded
 
 
+class TokenBudget:
+    """The tokens that a prompt's media may take together.
+
+    A prompt that can never fit is refused before the rest of its media is decoded and held in memory.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._spent = 0
+        self._lock = threading.Lock()
+
+    def check(self, item: MediaItem) -> None:
+        """Raise RequestTooLargeError if more is spent than there is."""
+        if self._spent > self._most:
+            raise RequestTooLargeError(
+                f"{item.name or item.kind}: the prompt's media take {self._spent:,} tokens without it; "
+                f"the context holds {self._most:,}"
+            )
+
+    def spend(self, media: AnyMedia) -> None:
+        """Count a medium that was read."""
+        with self._lock:
+            self._spent += media.num_tokens
+
+
 class MediaReader:
     """Decodes, samples and resizes as the processors say. Videos and sound are decoded in other processes.
 
@@ -44,12 +75,17 @@ class MediaReader:
         self._sounds = AudioDecoder()
         self._pil = threading.Lock()
 
-    def submit(self, item: MediaItem, options: MediaOptions) -> "Future[AnyMedia]":
-        """Start to read; the future raises MediaError where it cannot be read."""
+    def submit(
+        self, item: MediaItem, options: MediaOptions, budget: "TokenBudget | None" = None
+    ) -> "Future[AnyMedia]":
+        """Start to read; the future raises MediaError where it cannot be read.
+
+        budget: of all media of one prompt; what is over it raises RequestTooLargeError.
+        """
         ways: dict[str, _Read] = {"image": self._image, "video": self._video, "audio": self._audio}
         read = ways[item.kind]
         try:
-            return self._threads.submit(_named, read, item, options)
+            return self._threads.submit(_named, read, item, options, budget)
         except RuntimeError as error:  # it was shut down
             raise EngineStateError("this engine is closed") from error
 
@@ -103,10 +139,15 @@ def result_of(future: "Future[AnyMedia]") -> AnyMedia:
         raise EngineStateError("this engine is closed") from error
 
 
-def _named(read: _Read, item: MediaItem, options: MediaOptions) -> AnyMedia:
+def _named(read: _Read, item: MediaItem, options: MediaOptions, budget: TokenBudget | None) -> AnyMedia:
     """Whatever goes wrong is this medium's error, and nobody else's."""
     try:
-        return read(item, options)
+        if budget is not None:
+            budget.check(item)
+        media = read(item, options)
+        if budget is not None:
+            budget.spend(media)
+        return media
     except FlexJudgeError:
         raise
     except Exception as error:

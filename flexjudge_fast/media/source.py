@@ -17,7 +17,7 @@ _CHUNK = 1 << 16  # bytes
 
 def describe(source: object) -> str:
     """A source in a few words, for errors; never its content."""
-    if isinstance(source, str) and source.startswith("data:"):
+    if isinstance(source, str) and source[:5].lower() == "data:":
         return "data URL"
     if isinstance(source, str) and is_remote(source):
         try:
@@ -53,7 +53,7 @@ def read_source(source: object, max_bytes: int, allow_remote: bool) -> bytes:
         _check_length(memoryview(source).nbytes, max_bytes)
         return _checked(bytes(source), max_bytes)
     if isinstance(source, str):
-        if source.startswith("data:"):
+        if source[:5].lower() == "data:":
             return _read_data_url(source, max_bytes)
         if source[:5].lower() == "file:":
             raise MediaError("file: URLs are not read; give the path itself")

@@ -52,7 +52,7 @@ class Judgement:
         max_pixels: most pixels of an image or of a video's frame; resize: (width, height) of every image and
             frame, to whole patches; fps: frames per second taken of a video. The checkpoint's own if `None`.
         allow_remote: fetch images and recordings from http(s) URLs.
-        use_audio_in_video: the judge hears the videos' sound tracks, too.
+        use_audio_in_video: the judge hears the videos' sound tracks, too; each must have one.
         id: a name that the verdict carries.
 
     Raises:

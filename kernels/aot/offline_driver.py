@@ -11,6 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver as triton_driver
+from triton.runtime.cache import get_cache_manager
 
 from flexjudge_fast.kernels.chips import Arch
 
@@ -26,12 +27,13 @@ class CompiledVariant:
     num_stages: int
     shared: int
     cubin: Path
-    was_cached: bool
 
     @property
     def label(self) -> str:
-        """The name and the compile-time constants that are numbers, for people."""
-        return self.name + " " + " ".join(f"{k}={v}" for k, v in self.constants.items())
+        """The name, the types of pointers and the compile-time constants, for people."""
+        types = ",".join(kind[1:] for kind in self.signature.values() if kind.startswith("*"))
+        constants = " ".join(f"{name}={value}" for name, value in self.constants.items())
+        return f"{self.name}({types}) {constants} num_warps={self.num_warps} num_stages={self.num_stages}"
 
 
 class _Utils:
@@ -55,13 +57,16 @@ class OfflineDriver(DriverBase):  # type: ignore[misc]
         super().__init__()
         self.arch = arch
         self.utils = _Utils(arch)
+        self.launched: list[CompiledVariant] = []
 
     @classmethod
     def is_active(cls) -> bool:
         return False
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        return lambda *args: None
+        """What Triton calls at each launch of a kernel: notes the launch."""
+        variant = _variant(source, metadata)
+        return lambda *args: triton_driver.active.launched.append(variant)
 
     def map_python_to_cpp_type(self, ty: str) -> str:
         raise NotImplementedError
@@ -89,40 +94,35 @@ class OfflineDriver(DriverBase):  # type: ignore[misc]
 def compiling_for(arch: Arch, folder: Path) -> Iterator[list[CompiledVariant]]:
     """Inside the `with`, kernels that are launched on meta or CPU tensors are compiled into `folder`.
 
+    Triton keeps kernels in memory, too: a process should stay with one folder.
+
     Yields:
-        What was compiled, or found in the folder, so far.
+        The variant of each launch so far.
 
     Raises:
         triton.runtime.errors.OutOfResources: at a launch, if a kernel needs more shared memory than there is.
     """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET=1 is set: kernels are interpreted and cannot be compiled")
-    variants: list[CompiledVariant] = []
-
-    def listen(*, src: Any, metadata: Any, metadata_group: Any, cache_hit: bool, **_: Any) -> None:
-        names = src.fn.arg_names
-        constants = {names[path[0]]: value for path, value in src.constants.items() if len(path) == 1}
-        cubin = next(Path(path) for name, path in metadata_group.items() if name.endswith(".cubin"))
-        variants.append(
-            CompiledVariant(
-                metadata["name"],
-                constants,
-                dict(src.signature),
-                metadata["num_warps"],
-                metadata["num_stages"],
-                metadata["shared"],
-                cubin,
-                cache_hit,
-            )
-        )
-
-    knobs = triton.knobs
-    before = (knobs.compilation.listener, knobs.cache.dir)
-    knobs.compilation.listener, knobs.cache.dir = listen, str(folder)
-    previous = triton_driver._active
-    triton_driver.set_active(OfflineDriver(arch))
+    before, previous = triton.knobs.cache.dir, triton_driver._active
+    driver = OfflineDriver(arch)
+    triton.knobs.cache.dir = str(folder)
+    triton_driver.set_active(driver)
     try:
-        yield variants
+        yield driver.launched
     finally:
         triton_driver.set_active(previous)
-        knobs.compilation.listener, knobs.cache.dir = before
+        triton.knobs.cache.dir = before
+
+
+def _variant(source: Any, metadata: Any) -> CompiledVariant:
+    names = source.fn.arg_names
+    return CompiledVariant(
+        metadata.name,
+        {names[path[0]]: value for path, value in source.constants.items() if len(path) == 1},
+        dict(source.signature),
+        metadata.num_warps,
+        metadata.num_stages,
+        metadata.shared,
+        Path(get_cache_manager(metadata.hash).cache_dir) / f"{source.name[:150]}.cubin",
+    )

@@ -8,48 +8,64 @@ from pathlib import Path
 
 import triton
 
-_TENSOR_CORE = re.compile(r"\b(HMMA|IMMA|QMMA|OMMA|HGMMA|IGMMA|QGMMA|UTC\w*MMA)")
+_MATRIX = re.compile(r"\b([HIQO]MMA|[HIQ]GMMA|UTC\w*MMA)\b")
 _LOAD = re.compile(r"\b(?:LDG|LDGSTS)(?![A-Z])((?:\.\w+)*)")
-_LOCAL = re.compile(r"\b(LDL|STL)\b")
+_LOCAL = re.compile(r"\b(?:LDL|STL)\b")
+# A dot whose result lies in an ordinary layout is made of scalar multiplications.
+_SCALAR_DOT = re.compile(r"\btt\.dot\b.*-> tensor<[^>]*#blocked")
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one kernel takes.
+    """What one kernel takes, and what it is made of.
 
-    tensor_core: counts by instruction, such as HGMMA. loads: global loads by width in bits.
+    loads: global loads by width in bits. local_accesses: instructions that read or write spilled registers.
     """
 
-    registers: int
-    stack: int  # bytes
-    local: int  # bytes
-    shared: int  # bytes, static and dynamic
-    tensor_core: dict[str, int]
+    registers: int  # of a thread
+    stack: int  # bytes of a thread
+    shared: int  # bytes of a block, static and dynamic
+    matrix_instructions: dict[str, int]  # by name, such as HGMMA
+    scalar_dots: int
     loads: dict[int, int]
-    local_accesses: int  # spills and arrays that did not fit in registers
+    local_accesses: int
+
+    @property
+    def wide_share(self) -> float:
+        """The share of loaded bytes that 128-bit loads bring, counting every instruction once."""
+        total = sum(width * count for width, count in self.loads.items())
+        return self.loads.get(128, 0) * 128 / total if total else 1.0
+
+    @property
+    def spills(self) -> bool:
+        return bool(self.stack or self.local_accesses)
 
 
 def read_resources(cubin: Path, shared: int) -> Resources:
-    """Of a cubin with one kernel. shared: bytes of dynamic shared memory, which only the launch knows."""
+    """Of a cubin with one kernel; Triton's intermediate code lies beside it.
+
+    shared: bytes of dynamic shared memory, which only the launch knows.
+    """
     usage = _cuobjdump("-res-usage", cubin)
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
-    tensor_core: Counter[str] = Counter()
+    matrix: Counter[str] = Counter()
     loads: Counter[int] = Counter()
     local = 0
     for line in _cuobjdump("-sass", cubin).splitlines():
-        if match := _TENSOR_CORE.search(line):
-            tensor_core[match[1]] += 1
+        if match := _MATRIX.search(line):
+            matrix[match[1]] += 1
         if match := _LOAD.search(line):
             loads[_width(match[1])] += 1
         local += _LOCAL.search(line) is not None
+    layouts = cubin.with_suffix(".ttgir").read_text()
     return Resources(
-        found["REG"],
-        found["STACK"],
-        found["LOCAL"],
-        max(found["SHARED"], shared),
-        dict(tensor_core),
-        dict(loads),
-        local,
+        registers=found["REG"],
+        stack=found["STACK"] + found["LOCAL"],
+        shared=max(found["SHARED"], shared),
+        matrix_instructions=dict(matrix),
+        scalar_dots=len(_SCALAR_DOT.findall(layouts)),
+        loads=dict(loads),
+        local_accesses=local,
     )
 
 

@@ -219,7 +219,7 @@ ONE = np.zeros(100, np.float32)
     ("source", "message"),
     [
         (ONE, r"float32 \[100\]: give samples with their rate"),
-        ((16_000, ONE), r"a rate of type ndarray; give \(samples, rate\)"),
+        ((16_000, ONE), r"the other way round: give \(samples, rate\)"),
         ((ONE,), "a tuple of 1"),
         ({"array": ONE}, 'must have "array" and "sampling_rate"'),
         (([0.0, 0.1], 16_000), "samples of type list"),

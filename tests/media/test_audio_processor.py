@@ -1,9 +1,11 @@
 """Log-mel frames equal those of transformers; configurations that ask for something else are refused."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from transformers import WhisperFeatureExtractor
 
@@ -167,3 +169,17 @@ def test_the_published_configuration() -> None:
 def test_what_is_not_supported_is_named(name: str, value: object) -> None:
     with pytest.raises(UnsupportedCheckpointError, match=rf"^preprocessor_config.json: field {name}: "):
         read_audio_processor({**PUBLISHED, name: value})
+
+
+@pytest.mark.parametrize("count", [1, 1601, 8000, 16001])
+def test_the_same_bits_whatever_the_number_of_threads(count: int) -> None:
+    """torch fixes a thread's own number at its first op, so that a pool's threads may differ."""
+    samples = sound("noise", count)
+    before, found = torch.get_num_threads(), []
+    try:
+        for number in (1, 4, 16):
+            with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(number,)) as pool:
+                found.append(pool.submit(log_mel, samples, SHORT).result())
+    finally:
+        torch.set_num_threads(before)
+    assert all(np.array_equal(found[0], other) for other in found[1:])
