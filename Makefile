@@ -1,4 +1,5 @@
 # make judge: install and judge the example pairs.   make test: install and run every test.
+# make kernels: check the GPU kernels with no GPU, and write docs/kernels.md.
 # make bench: speeds beside other engines' and beside what the machine allows.   make bench-ops: the ops alone.
 PYTHON ?= python3
 VENV := .venv
@@ -7,16 +8,28 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 MODEL ?=
 export PYTHONSAFEPATH = 1
 
-.PHONY: judge test quick lint bench bench-ops clean
+.PHONY: judge test quick kernels kernels-full lint bench bench-ops clean
 
 judge: $(VENV)/installed
 	$(BIN)/flexjudge run examples/pairs.jsonl -o verdicts.jsonl --max-think-tokens 80 $(if $(MODEL),--model $(MODEL))
 
+# One process for each core: most tests run on one thread.
+PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
+
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 quick: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
+
+# The GPU's kernels: interpreted, compiled for every architecture, and reported in docs/kernels.md.
+kernels: $(VENV)/installed-dev
+	$(PYTEST) tests/kernels
+	$(BIN)/python -m flexjudge_fast.kernels report docs/kernels.md
+
+# Twenty times as many cases in the interpreter.
+kernels-full: export FLEXJUDGE_SWEEP = 20
+kernels-full: kernels
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ import torch
 from flexjudge_fast.errors import FlexJudgeError
 from flexjudge_fast.kernels.aot.compile import compile_catalog
 from flexjudge_fast.kernels.aot.report import write_report
-from flexjudge_fast.kernels.bundle import write_bundle
+from flexjudge_fast.kernels.bundle import claim_folder, write_bundle
 from flexjudge_fast.kernels.catalog import ModelShape, launches
 from flexjudge_fast.kernels.chips import ARCHS, find_arch
 
@@ -47,6 +47,7 @@ def _build(chosen: argparse.Namespace) -> int:
         kv_dtype=_KV_DTYPES[chosen.kv_cache_dtype],
         weights=chosen.weights,
     )
+    claim_folder(chosen.out)
     arch = find_arch(chosen.arch)
     with tempfile.TemporaryDirectory() as work:
         compiled = compile_catalog(arch, [shape], Path(work))

@@ -44,14 +44,19 @@ def source_digest() -> str:
     return digest.hexdigest()
 
 
-def write_bundle(folder: Path, arch: int, variants: Iterable[CompiledVariant]) -> Manifest:
-    """Copy the variants' binaries and launch data to `folder`, which must not exist or be empty."""
-    if folder.exists() and any(folder.iterdir()):
+def claim_folder(folder: Path) -> None:
+    """Make `folder`. Raises KernelBundleError if anything is in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
         raise KernelBundleError(f"{folder}: it is not empty")
+
+
+def write_bundle(folder: Path, arch: int, variants: Iterable[CompiledVariant]) -> Manifest:
+    """Copy the variants' binaries and launch data to `folder`, as `claim_folder` left it."""
     labels = []
     for variant in {variant.cubin: variant for variant in variants}.values():
         target = folder / variant.cubin.parent.name
-        target.mkdir(parents=True)
+        target.mkdir()
         for path in (variant.cubin, variant.cubin.with_suffix(".json")):
             shutil.copyfile(path, target / path.name)
         labels.append(variant.label)
