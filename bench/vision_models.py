@@ -81,11 +81,12 @@ def write_model(folder: Path, shape: VisionShape, dtype: torch.dtype) -> Any:
     )
     model = transformers.Qwen2_5_VLForConditionalGeneration(config).to(dtype).eval()
     model.save_pretrained(folder)
-    _write_rest(folder)
+    write_tokenizer(folder)
     return model
 
 
-def _write_rest(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer of bytes and control tokens, a chat template, and a preprocessor."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
