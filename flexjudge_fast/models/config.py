@@ -69,6 +69,8 @@ _HARMLESS = frozenset(
 # What surrounds the decoder's own fields in a vision-language checkpoint.
 _VISION_LANGUAGE = "Qwen2_5_VLForConditionalGeneration"
 _THINKER = "Qwen2_5OmniThinkerForConditionalGeneration"
+_MOL_LLAMA = "MolLLaMA"
+_LLAMAS = ("LlamaForCausalLM", _MOL_LLAMA)
 _WHOLE_OMNI = ("Qwen2_5OmniForConditionalGeneration", "Qwen2_5OmniModel")  # Thinker, talker and vocoder
 _MULTIMODAL = frozenset(
     [
@@ -139,8 +141,17 @@ class DecoderConfig:
 
 
 def model_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a config.json that is run: of a whole Qwen2.5-Omni its Thinker, else all of it."""
+    """The part of a config.json that is run: of a whole Qwen2.5-Omni its Thinker, else all of it.
+
+    Of a Mol-LLaMA its Llama, which `MolLlamaCheckpoint` has put there.
+    """
     names = config.get("architectures") or []
+    if names == [_MOL_LLAMA]:
+        if not isinstance(config.get("text_config"), Mapping):
+            raise UnsupportedCheckpointError(
+                "config field text_config: a Mol-LLaMA is opened by registry.open_model"
+            )
+        return dict(config["text_config"])
     if len(names) != 1 or names[0] not in _WHOLE_OMNI:
         return dict(config)
     thinker = config.get("thinker_config")
@@ -160,7 +171,7 @@ def read_decoder_config(config: Mapping[str, Any], ignore: Collection[str] = ())
         UnsupportedCheckpointError: a field is missing, unknown, or asks for other maths.
     """
     architecture = _architecture(config)
-    is_qwen2 = architecture != "LlamaForCausalLM"
+    is_qwen2 = architecture not in _LLAMAS
     has_sections = architecture in (_VISION_LANGUAGE, _THINKER)
     if has_sections:
         config = _text_part(config, ignore)
@@ -217,7 +228,7 @@ def _text_part(config: Mapping[str, Any], ignore: Collection[str]) -> dict[str, 
 
 def _architecture(config: Mapping[str, Any]) -> str:
     names = config.get("architectures") or []
-    known = ("LlamaForCausalLM", "Qwen2ForCausalLM", _VISION_LANGUAGE, _THINKER)
+    known = (*_LLAMAS, "Qwen2ForCausalLM", _VISION_LANGUAGE, _THINKER)
     if len(names) != 1 or names[0] not in known:
         raise UnsupportedCheckpointError(
             f"config field architectures: {names!r} is not supported (this version runs {', '.join(known)})"

@@ -1,14 +1,21 @@
 """Picks the model class that a checkpoint's `architectures` names, and loads it."""
 
+from collections.abc import Collection
+from pathlib import Path
+
 import torch
 
-from flexjudge_fast.errors import UnsupportedCheckpointError
+from flexjudge_fast.errors import InvalidArgumentError, UnsupportedCheckpointError
 from flexjudge_fast.models.audio_config import AudioConfig
 from flexjudge_fast.models.audio_tower import AudioTower
 from flexjudge_fast.models.config import DecoderConfig
 from flexjudge_fast.models.decoder import Decoder
 from flexjudge_fast.models.llama import LlamaForCausalLM
 from flexjudge_fast.models.loader import TensorLoader
+from flexjudge_fast.models.mol_llama import MolLLaMA, MolLlamaCheckpoint, open_mol_llama
+from flexjudge_fast.models.mol_llama_config import is_mol_llama
+from flexjudge_fast.models.molecule_encoder import MoleculeEncoder
+from flexjudge_fast.models.molecule_loader import EncoderLoader
 from flexjudge_fast.models.packed import PackedModel
 from flexjudge_fast.models.packed_audio import PackedAudioTower
 from flexjudge_fast.models.packed_vision import PackedVisionTower
@@ -18,8 +25,35 @@ from flexjudge_fast.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from flexjudge_fast.models.vision_config import VisionConfig
 from flexjudge_fast.models.vision_tower import VisionTower
 from flexjudge_fast.ops.backend import has_compiled_ops
-from flexjudge_fast.weights.checkpoint import Checkpoint
+from flexjudge_fast.weights.checkpoint import Checkpoint, open_checkpoint
 from flexjudge_fast.weights.quantization import Quantization
+
+
+def open_model(
+    model: str | Path,
+    judge_backbone: str | Path | None = None,
+    base_llm: str | Path | None = None,
+    ignore: Collection[str] = (),
+) -> Checkpoint:
+    """Open a checkpoint; a Mol-LLaMA becomes a `MolLlamaCheckpoint`.
+
+    Args:
+        model: see `open_checkpoint`.
+        judge_backbone: of a Mol-LLaMA, the Llama that takes the place of its base.
+        base_llm: of a Mol-LLaMA saved without its base, the base.
+        ignore: names of unknown config fields to accept unseen.
+
+    Raises:
+        CheckpointError: there is no such model, or the models do not fit each other.
+        InvalidArgumentError: a backbone for another architecture.
+    """
+    checkpoint = open_checkpoint(model)
+    if is_mol_llama(checkpoint.config):
+        return open_mol_llama(checkpoint, judge_backbone, base_llm, ignore)
+    for name, value in (("judge_backbone", judge_backbone), ("base_llm", base_llm)):
+        if value is not None:
+            raise InvalidArgumentError(f"{name}={str(value)!r}: {model} is no Mol-LLaMA")
+    return checkpoint
 
 
 def load_model(
@@ -50,6 +84,7 @@ def load_model(
     """
     classes: dict[str, type[Decoder]] = {
         "LlamaForCausalLM": LlamaForCausalLM,
+        "MolLLaMA": MolLLaMA,
         "Qwen2ForCausalLM": Qwen2ForCausalLM,
         "Qwen2_5_VLForConditionalGeneration": Qwen2_5_VLForConditionalGeneration,
         "Qwen2_5OmniThinkerForConditionalGeneration": Qwen2_5OmniThinkerForConditionalGeneration,
@@ -101,3 +136,19 @@ def load_audio(
     is_packed = device.type == "cpu" and has_compiled_ops()
     tower = AudioTower(config, TensorLoader(checkpoint, dtype, device, merge=not is_packed))
     return PackedAudioTower(tower, num_threads) if is_packed else tower
+
+
+def load_molecule(
+    checkpoint: MolLlamaCheckpoint,
+    decoder: DecoderConfig,
+    device: torch.device,
+    num_threads: int = 1,
+) -> MoleculeEncoder:
+    """Load a Mol-LLaMA's way from molecules to embeddings, in float32 whatever the language model's dtype.
+
+    Raises:
+        CheckpointError: a tensor is missing, has the wrong shape, or is not finite.
+    """
+    is_packed = device.type == "cpu" and has_compiled_ops()
+    load = EncoderLoader(checkpoint, device, num_threads if is_packed else None)
+    return MoleculeEncoder(checkpoint.molecule, load, decoder.hidden_size)
