@@ -1,8 +1,8 @@
 """`python bench/gpu.py`: the one command for a machine with a GPU: checks every kernel, times it, and judges.
 
 1. The `gpu` tests: every kernel against float64 in bfloat16, graphs against eager steps.
-2. Each launch of a 7B judge, in a CUDA graph, beside what this card's measured bandwidth and arithmetic allow,
-   and beside torch (and flash-attn where it is installed) doing the same job.
+2. Each launch of a 7B judge, in a CUDA graph, beside what this card's measured bandwidth and arithmetic
+   allow, and beside torch (and flash-attn where it is installed) doing the same job.
 3. A random model of the 7B's shape: prefill, decode, and the judge's work, beside vLLM where it is installed.
 """
 
@@ -24,7 +24,7 @@ if __name__ == "__main__":
 from bench.engines import MissingError  # noqa: E402
 from bench.gpu_engines import Vllm, measure_engine, measure_judging  # noqa: E402
 from bench.gpu_peers import peers  # noqa: E402
-from flexjudge_fast.kernels.catalog import Launch, ModelShape, launches  # noqa: E402
+from flexjudge_fast.kernels.catalog import ModelShape, launches  # noqa: E402
 from flexjudge_fast.kernels.chips import ARCHS, capability  # noqa: E402
 
 WEIGHTS = ("bf16", "w4a16-g128", "int8", "fp8")
@@ -93,10 +93,8 @@ def show_kernels(rows: list[KernelRow]) -> None:
     print(f"\n{'kernel':24} {'case':34} {'tokens':>6} {'us':>9} {'bound us':>9} {'of bound':>8}  peers")
     for row in rows:
         others = ", ".join(f"{name} {micros / row.micros:.2f}x" for name, micros in row.peers.items())
-        share = f"{row.bound / row.micros:8.0%}"
-        print(
-            f"{row.kernel:24} {row.case:34} {row.tokens:6} {row.micros:9.1f} {row.bound:9.1f} {share}  {others}"
-        )
+        times = f"{row.micros:9.1f} {row.bound:9.1f} {row.bound / row.micros:8.0%}"
+        print(f"{row.kernel:24} {row.case:34} {row.tokens:6} {times}  {others}")
 
 
 def run_tests() -> str:
@@ -109,7 +107,9 @@ def run_tests() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", choices=("tests", "kernels", "engine"), action="append")
     parser.add_argument("--layers", type=int, default=28, help="of the random model; fewer for a small card")
     parser.add_argument("--model", type=Path, help="a checkpoint instead of the random one")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from flexjudge_fast.engine.ahead import make_stepper
 from flexjudge_fast.engine.completion import Completion, complete
 from flexjudge_fast.engine.config import EngineConfig
 from flexjudge_fast.engine.interrupts import interrupts_held
@@ -20,7 +21,6 @@ from flexjudge_fast.engine.request import Request
 from flexjudge_fast.engine.sampling_params import SamplingParams
 from flexjudge_fast.engine.setup import EngineParts, load_parts
 from flexjudge_fast.engine.stats import EngineStats
-from flexjudge_fast.engine.step import Stepper
 from flexjudge_fast.errors import EngineStateError, InvalidArgumentError, RequestTooLargeError
 from flexjudge_fast.media.items import MediaItem, MediaOptions
 from flexjudge_fast.media.prepared import AnyMedia
@@ -74,7 +74,7 @@ class Engine:
         self._parts = parts
         self.tokenizer = parts.tokenizer
         self.max_model_len = parts.max_model_len
-        self._stepper = Stepper(parts.scheduler, parts.runner, self._deliver, self._forked)
+        self._stepper = make_stepper(parts.scheduler, parts.runner, self._deliver, self._forked)
         self._lock = threading.Lock()
         self._runs: dict[int, tuple[_Run, int]] = {}  # request id to the call that waits, and input index
         self._cancelled: deque[_Run] = deque()

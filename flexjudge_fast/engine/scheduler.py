@@ -1,6 +1,7 @@
 """Packs requests into one batch per step: decode tokens and prompt chunks side by side, over paged blocks."""
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flexjudge_fast.engine.batch import Batch, Chunk
@@ -75,6 +76,20 @@ class Scheduler:
                 budget -= self._plan(request, budget)
         self._admit(budget)
         return Batch(tuple(self._chunks), tuple(self._copies))
+
+    def plan_ahead(self, chunks: Sequence[Chunk]) -> Batch | None:
+        """The step behind one that is still under way, and in which each chunk's request draws a token.
+
+        Returns:
+            A chunk of one token each, not known yet. `None` if there are none, or no blocks for them.
+        """
+        size = self.limits.block_size
+        growing = [chunk.request for chunk in chunks if chunk.end == size * len(chunk.request.block_table)]
+        if not chunks or len(growing) > self.pool.num_free:
+            return None
+        for request in growing:
+            request.block_table.append(self.pool.allocate())
+        return Batch(tuple(Chunk(chunk.request, chunk.end, 1) for chunk in chunks), ())
 
     def commit(self, batch: Batch) -> None:
         """The step has run: its tokens are computed and its full blocks can be found."""

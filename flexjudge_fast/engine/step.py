@@ -1,7 +1,9 @@
 """One engine step: schedule, run, and hand the results to the requests."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 
@@ -15,6 +17,29 @@ from flexjudge_fast.engine.stats import EngineStats
 from flexjudge_fast.errors import NumericalError
 from flexjudge_fast.ops.sample import Draw, sample_tokens
 from flexjudge_fast.prompts.grammar import AnswerState
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A token that the device drew with its logits still there, and the ids it could not be."""
+
+    token_id: int
+    banned: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step gave.
+
+    rows: of each chunk, as `row_ranges` gave them when the step was launched.
+    logits: [num_rows, vocab_size]; finite: which rows are.
+    """
+
+    batch: Batch
+    rows: tuple[range, ...]
+    logits: torch.Tensor
+    finite: Sequence[bool]
+    drawn: Mapping[Request, Drawn] = field(default_factory=dict)
 
 
 class Stepper:
@@ -42,12 +67,10 @@ class Stepper:
         batch = self.scheduler.schedule()
         try:
             with self.runner.threads():
-                self._postprocess(batch, *self.runner.run(batch))
+                rows = row_ranges(batch)
+                self._postprocess(StepResult(batch, rows, *self.runner.run(batch)))
         except BaseException:
-            ran = {chunk.request.id for chunk in batch.chunks}
-            for request in [*self.scheduler.running, *self.scheduler.waiting]:
-                if request.id in ran or not request.num_uncomputed:  # a fork that has not drawn yet
-                    self.scheduler.preempt(request)
+            self._start_over(batch)
             raise
 
     def cancel(self, request_ids: set[int]) -> None:
@@ -74,27 +97,32 @@ class Stepper:
             num_cached_media=0 if encoder is None else encoder.cache.num_hits + encoder.cache.num_store_hits,
         )
 
-    def _postprocess(self, batch: Batch, logits: torch.Tensor, finite: Sequence[bool]) -> None:
-        """logits: [num_rows, vocab_size], of the chunks' `logit_positions`; `finite`: which rows are."""
-        self.scheduler.commit(batch)
+    def _start_over(self, batch: Batch) -> None:
+        """The step of `batch` did not end well: its requests are computed anew."""
+        ran = {chunk.request.id for chunk in batch.chunks}
+        for request in [*self.scheduler.running, *self.scheduler.waiting]:
+            if request.id in ran or not request.num_uncomputed:  # a fork that has not drawn yet
+                self.scheduler.preempt(request)
+
+    def _postprocess(self, result: StepResult) -> None:
+        """Commit what was computed, and hand each request its rows."""
+        self.scheduler.commit(result.batch)
         drawing: list[tuple[Request, int]] = []  # a sample that draws, and its row
         done: list[Request] = []
-        end = 0
-        for chunk in batch.chunks:
-            request, begin = chunk.request, end
-            end += len(chunk.logit_positions)
-            if begin == end or request.finish_reason is not None:
+        for chunk, rows in zip(result.batch.chunks, result.rows, strict=True):
+            request, positions = chunk.request, chunk.logit_positions
+            if not positions or request.finish_reason is not None:
                 continue
-            if not all(finite[begin:end]):
+            if not all(result.finite[rows.start : rows.stop]):
                 done += self._fail(request)
             elif request.all_logits or request.probe is not None:
-                self._measure(request, logits[begin:end], chunk.logit_positions.start)
+                self._measure(request, result.logits[rows.start : rows.stop], positions.start)
                 done.append(request)
             else:
-                drawing += [(member, end - 1) for member in self._fork_samples(request)]
+                drawing += [(member, rows.stop - 1) for member in self._fork_samples(request)]
         self._finish_all(done)  # first: a failed probe ends its parent, which then draws no more
         drawing = [(request, row) for request, row in drawing if request.finish_reason is None]
-        self._draw(drawing, logits)
+        self._draw(drawing, result)
         self._finish_all(request for request, _ in drawing)
 
     def _finish_all(self, requests: Iterable[Request]) -> None:
@@ -148,29 +176,32 @@ class Stepper:
         self.scheduler.share_blocks(parent, child)
         self.scheduler.add(child, front=True)
 
-    def _draw(self, drawing: Sequence[tuple[Request, int]], logits: torch.Tensor) -> None:
+    def _draw(self, drawing: Sequence[tuple[Request, int]], result: StepResult) -> None:
         """Sample everyone's next token; at the start of a score, also ask for the score's distribution."""
         tokens: dict[Request, int] = {}
+        logits = result.logits
         free: defaultdict[tuple[int, ...], dict[Request, Draw]] = defaultdict(dict)  # by what is banned
         for request, row in drawing:
-            draw = draw_of(request.params, row, _uniform(request))
             grammar = request.grammar
-            if grammar is None:
-                free[()][request] = draw
-                continue
-            slot = grammar.slot_start()
-            if slot is not None:
+            slot = None if grammar is None else grammar.slot_start()
+            if grammar is not None and slot is not None:
                 _read_distribution(grammar, slot, (), logits[row])
                 for probe in grammar.probes():
                     self._start_fork(request, request.fork_probe(0, probe))
-            allowed = grammar.allowed()
-            if allowed is None:
-                free[grammar.banned()][request] = draw
-            else:
+            draw = draw_of(request.params, row, uniform_of(request, len(request.token_ids)))
+            allowed = None if grammar is None else grammar.allowed()
+            if allowed is not None:
                 tokens[request] = sample_among(logits, draw, allowed)
+                continue
+            banned = () if grammar is None else grammar.banned()
+            drawn = result.drawn.get(request)
+            if drawn is not None and drawn.banned == banned:
+                tokens[request] = drawn.token_id
+            else:
+                free[banned][request] = draw
         for banned, draws in free.items():
-            drawn = sample_tokens(logits, list(draws.values()), banned, self.runner.num_threads)
-            tokens.update(zip(draws, drawn, strict=True))
+            found = sample_tokens(logits, list(draws.values()), banned, self.runner.num_threads)
+            tokens.update(zip(draws, found, strict=True))
         for request, row in drawing:
             if request.grammar is None and request.params.logprobs is not None:
                 request.logprobs.append(top_log_probs(logits[row], tokens[request], request.params.logprobs))
@@ -190,12 +221,20 @@ class Stepper:
             self._deliver(request)
 
 
-def _uniform(request: Request) -> float:
-    """The request's next random number; 0 when it is greedy."""
+def row_ranges(batch: Batch) -> tuple[range, ...]:
+    """The rows of a step's logits that belong to each chunk."""
+    ends = accumulate(len(chunk.logit_positions) for chunk in batch.chunks)
+    return tuple(
+        range(end - len(chunk.logit_positions), end) for chunk, end in zip(batch.chunks, ends, strict=True)
+    )
+
+
+def uniform_of(request: Request, position: int) -> float:
+    """The request's random number for the token at `position`; 0 when it is greedy."""
     params = request.params
     if params.temperature == 0:
         return 0.0
-    return uniform(params.seed, request.key, request.sample_index, len(request.token_ids))
+    return uniform(params.seed, request.key, request.sample_index, position)
 
 
 def _read_distribution(grammar: AnswerState, slot: int, prefix: tuple[int, ...], row: torch.Tensor) -> None:

@@ -47,6 +47,21 @@ def sample_tokens(
     return [sample_reference(logits[draw.row], draw, banned) for draw in draws]
 
 
+def sample_on_device(
+    logits: torch.Tensor, draws: Sequence[Draw], banned: Sequence[Sequence[int]], threads: int
+) -> torch.Tensor:
+    """`sample_tokens` for draws that each have banned ids of their own; the tokens stay where the logits are.
+
+    Returns:
+        [num_draws] int64.
+    """
+    found = torch.zeros(len(draws), dtype=torch.int64)
+    for ids in dict.fromkeys(map(tuple, banned)):
+        own = [i for i, other in enumerate(banned) if tuple(other) == ids]
+        found[own] = torch.tensor(sample_tokens(logits, [draws[i] for i in own], ids, threads))
+    return found.to(logits.device)
+
+
 def sample_reference(row: torch.Tensor, draw: Draw, banned: Sequence[int] = ()) -> int:
     """`sample_tokens` for one row [vocab_size], in float64."""
     row = row.double()
