@@ -48,8 +48,8 @@ class AheadStepper(Stepper):
 
     A step is launched ahead with tokens that only the device knows yet. What the host learns later (a stop,
     an answer that begins, a cancelled request) may make a request's share of it void: its row is not read,
-    and the slots that it wrote are never marked computed. Draws depend on seed, prompt, sample and position, so
-    they are those of `Stepper`. Anything but going on, such as a new prompt, is scheduled by plain steps.
+    and the slots that it wrote are never marked computed. Draws depend on seed, prompt, sample and position,
+    so they are those of `Stepper`. Anything but going on, such as a new prompt, is scheduled by plain steps.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ from flexjudge_fast.engine.launch import DeviceDraw, DeviceResult
 from flexjudge_fast.engine.model_runner import ModelRunner
 from flexjudge_fast.models.decoder import Decoder
 from flexjudge_fast.ops.kv_cache import copy_blocks
-from flexjudge_fast.ops.sample import sample_on_device
+from flexjudge_fast.ops.sample import BannedMasks, sample_on_device
 
 
 class _Slot:
@@ -91,6 +91,7 @@ class GpuRunner(ModelRunner):
         self._ladder = ladder
         pin = device.torch_device.type == "cuda"
         self._slots = [_Slot(first, max_rows, pin), _Slot(buffers(), max_rows, pin)]
+        self._masks = BannedMasks(model.config.vocab_size, device.torch_device)
         self._recorded: dict[Rung, _Recorded] = {}
         self.num_replays = 0
 
@@ -118,7 +119,7 @@ class GpuRunner(ModelRunner):
                 known = None if behind is None else behind.tokens
                 flight.logits, finite = self._step(inputs, rung, known, feed)
                 flight.tokens = sample_on_device(
-                    flight.logits, [d.draw for d in draws], [d.banned for d in draws], self.num_threads
+                    flight.logits, [d.draw for d in draws], [d.banned for d in draws], self._masks
                 )
                 slot.results[0, : len(draws)].copy_(flight.tokens, non_blocking=True)
                 slot.results[1, : flight.num_rows].copy_(finite, non_blocking=True)

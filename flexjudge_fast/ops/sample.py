@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from flexjudge_fast.ops.backend import has_compiled_ops
+from flexjudge_fast.ops.backend import has_compiled_ops, uses_triton
 
 
 @dataclass(frozen=True)
@@ -47,19 +47,52 @@ def sample_tokens(
     return [sample_reference(logits[draw.row], draw, banned) for draw in draws]
 
 
+class BannedMasks:
+    """Sets of banned ids as bits on a device. A model has few of them: each is kept once it was asked for."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self._numbers: dict[tuple[int, ...], int] = {}
+        self.bits = torch.zeros(1, -(-vocab_size // 32), dtype=torch.int32, device=device)
+
+    def number(self, ids: tuple[int, ...]) -> int:
+        """The row of `bits` that bans these ids; -1 if there are none."""
+        if not ids:
+            return -1
+        known = self._numbers.get(ids)
+        if known is None:
+            known = self._numbers[ids] = len(self._numbers)
+            words = np.zeros(self.bits.shape[1], dtype=np.uint32)
+            np.bitwise_or.at(
+                words, np.array(ids) // 32, np.uint32(1) << (np.array(ids) % 32).astype(np.uint32)
+            )
+            row = torch.from_numpy(words.view(np.int32)).to(self.bits.device)
+            self.bits = row[None] if known == 0 else torch.cat((self.bits, row[None]))
+        return known
+
+
 def sample_on_device(
-    logits: torch.Tensor, draws: Sequence[Draw], banned: Sequence[Sequence[int]], threads: int
+    logits: torch.Tensor, draws: Sequence[Draw], banned: Sequence[tuple[int, ...]], masks: BannedMasks
 ) -> torch.Tensor:
     """`sample_tokens` for draws that each have banned ids of their own; the tokens stay where the logits are.
+
+    On a GPU nothing is waited for, and sums are in float32: a draw within a millionth of the border between
+    two tokens may fall to the other.
 
     Returns:
         [num_draws] int64.
     """
-    found = torch.zeros(len(draws), dtype=torch.int64)
-    for ids in dict.fromkeys(map(tuple, banned)):
-        own = [i for i, other in enumerate(banned) if tuple(other) == ids]
-        found[own] = torch.tensor(sample_tokens(logits, [draws[i] for i in own], ids, threads))
-    return found.to(logits.device)
+    if uses_triton(logits):
+        from flexjudge_fast.kernels.sample import sample as kernel
+
+        numbers = [(d.row, d.top_k, masks.number(ids)) for d, ids in zip(draws, banned, strict=True)]
+        integers = torch.tensor(numbers, dtype=torch.int32).reshape(-1, 3)
+        floats = torch.tensor([(d.temperature, d.top_p, d.min_p, d.uniform) for d in draws]).reshape(-1, 4)
+        device = logits.device
+        return kernel(
+            logits, integers.to(device, non_blocking=True), floats.to(device, non_blocking=True), masks.bits
+        )
+    found = [sample_reference(logits[d.row], d, ids) for d, ids in zip(draws, banned, strict=True)]
+    return torch.tensor(found, dtype=torch.int64, device=logits.device)
 
 
 def sample_reference(row: torch.Tensor, draw: Draw, banned: Sequence[int] = ()) -> int:

@@ -12,7 +12,7 @@ from flexjudge_fast.models.config import DecoderConfig
 
 
 class FakeDevice:
-    """Runs nothing before an event behind it is waited for: who reads or overwrites too early is found out."""
+    """Runs nothing before an event behind it is waited for: who reads or overwrites too early is found."""
 
     torch_device = torch.device("cpu")
 

@@ -1,0 +1,60 @@
+"""How much of a GPU's memory the KV cache gets: what is free, less what a step needs at its worst."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from flexjudge_fast.errors import InvalidArgumentError
+
+
+@dataclass(frozen=True)
+class GpuMemory:
+    """Bytes on a GPU once the weights are there.
+
+    step: the most that the largest step takes beside weights and cache, as it was measured; encoder: that of
+    the largest pass of an encoder. graphs: what recorded steps keep.
+    """
+
+    total: int
+    free: int
+    step: int
+    encoder: int
+    graphs: int
+
+    def kv_cache(self, fraction: float) -> int:
+        """Bytes for the KV cache: `fraction` of what is free and no step needs.
+
+        Raises:
+            InvalidArgumentError: nothing is left; it lists the terms.
+        """
+        # An encoder's pass ends before the model's step begins: the larger one counts.
+        left = self.free - max(self.step, self.encoder) - self.graphs
+        if left <= 0:
+            terms = {
+                "in all": self.total,
+                "free once weights are loaded": self.free,
+                "for the largest step (max_batched_tokens)": self.step,
+                "for the largest pass of an encoder (max_encoder_patches)": self.encoder,
+                "for recorded steps (max_num_seqs)": self.graphs,
+            }
+            listed = "; ".join(f"{size / 2**30:.2f} GiB {what}" for what, size in terms.items())
+            raise InvalidArgumentError(f"the GPU's memory leaves nothing for the KV cache: {listed}")
+        return int(left * fraction)
+
+
+def graph_bytes(max_num_seqs: int, vocab_size: int) -> int:
+    """What the recorded decode steps keep: they share a pool, so that the largest counts. Mostly logits."""
+    return 3 * 4 * max_num_seqs * vocab_size
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
+    """The most memory that `work` takes beyond what is allocated before it."""
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    work()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()  # so that what is free is free
+    return peak
