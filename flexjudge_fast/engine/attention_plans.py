@@ -1,0 +1,93 @@
+"""How a step's attention is cut up, by the backend that computes it."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from flexjudge_fast.engine.graph_ladder import Rung
+from flexjudge_fast.errors import InvalidArgumentError
+from flexjudge_fast.layers.attention import AttentionInput
+from flexjudge_fast.models.config import DecoderConfig
+from flexjudge_fast.ops.attention_plan import CHUNK, HostPlan, TileRows, plan_attention, tile_rows
+from flexjudge_fast.ops.flash_attention import HostFlashPlan, check_flash_attention, plan_flash_attention
+
+ATTENTION_BACKENDS = ("auto", "triton", "flash-attn", "torch")
+
+
+class AttentionPlanner(Protocol):
+    """Makes what the attention op needs to know of a step beside its input. records: in CUDA graphs, too."""
+
+    records: bool
+
+    def plan(self, inputs: AttentionInput, rung: Rung | None) -> HostPlan | HostFlashPlan | None:
+        """Of a step whose `inputs` are on the host; with a rung, of the recorded step's size."""
+        ...
+
+
+@dataclass(frozen=True)
+class TritonPlanner:
+    """Work lists of our own kernels. group: query heads of a KV head."""
+
+    rows: TileRows
+    group: int
+    block_size: int
+    records: bool = True
+
+    def plan(self, inputs: AttentionInput, rung: Rung | None) -> HostPlan:
+        tables = inputs.block_tables.numpy()
+        lens = inputs.context_lens.numpy()
+        most = None if rung is None else rung.num_seqs * -(-rung.table_width * self.block_size // CHUNK)
+        # A larger tile pays where sequences have blocks in common.
+        shares = len(tables) > 1 and lens.max(initial=0) >= CHUNK and (tables[1:, 0] == tables[:-1, 0]).any()
+        return plan_attention(
+            inputs.query_start.numpy(),
+            lens,
+            tables,
+            self.block_size,
+            self.group,
+            self.rows.shared if shares else self.rows.decode,
+            most,
+            prefill_rows=self.rows.prefill,
+        )
+
+
+@dataclass(frozen=True)
+class FlashPlanner:
+    """Lengths and tables as flash-attn takes them."""
+
+    records: bool = False
+
+    def plan(self, inputs: AttentionInput, rung: Rung | None) -> HostFlashPlan:
+        return plan_flash_attention(inputs.query_start, inputs.context_lens, inputs.block_tables)
+
+
+@dataclass(frozen=True)
+class NoPlanner:
+    """Plain torch asks for lengths on the host: slow, and nothing that a graph can hold."""
+
+    records: bool = False
+
+    def plan(self, inputs: AttentionInput, rung: Rung | None) -> None:
+        return None
+
+
+def make_planner(
+    backend: str, config: DecoderConfig, dtype: torch.dtype, kv_dtype: torch.dtype, block_size: int
+) -> AttentionPlanner:
+    """The planner for `attention_backend=`.
+
+    Raises:
+        InvalidArgumentError: the backend is not installed, or cannot do this.
+    """
+    if backend in ("auto", "triton"):
+        rows = tile_rows(dtype, kv_dtype, block_size, config.num_heads, config.num_kv_heads, config.head_dim)
+        return TritonPlanner(rows, config.num_heads // config.num_kv_heads, block_size)
+    if kv_dtype.itemsize == 1:
+        raise InvalidArgumentError(
+            f"attention_backend={backend!r}: it reads no 8-bit KV cache; use 'triton' or kv_cache_dtype='auto'"
+        )
+    if backend == "torch":
+        return NoPlanner()
+    check_flash_attention(dtype, kv_dtype, config.head_dim, block_size)
+    return FlashPlanner()
