@@ -18,7 +18,7 @@ from flexjudge_fast.kernels.runs import locate_tile, plan_runs, sum_runs
 
 
 @triton.jit
-def _dense_run(
+def dense_run(
     x_ptr,
     w_ptr,
     n,
@@ -33,9 +33,8 @@ def _dense_run(
     BLOCK_K: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
     PRECISION: tl.constexpr,
-    IMPRECISE: tl.constexpr,
 ):
-    """One run of the product: [BLOCK_N, BLOCK_T], added in order."""
+    """One run of the product: [BLOCK_N, BLOCK_T] in ACCUMULATOR, added in order."""
     k = tl.arange(0, BLOCK_K)
     first = run * (STEPS * BLOCK_K)
     last = tl.minimum(first + STEPS * BLOCK_K, K)
@@ -47,13 +46,14 @@ def _dense_run(
         if K % BLOCK_K:
             x_mask = x_mask & (start + k[:, None] < K)
         if K % BLOCK_K or N % BLOCK_N:
-            w = tl.load(w_ptrs + start, mask=(n[:, None] < N) & (start + k[None, :] < K), other=0)
+            w = tl.load(w_ptrs + start, mask=(n[:, None] < N) & (start + k[None, :] < K), other=0.0)
         else:
             w = tl.load(w_ptrs + start)
-        x = tl.load(x_ptrs + start, mask=x_mask, other=0)
-        acc = tl.dot(
-            w, x, acc, input_precision=PRECISION, max_num_imprecise_acc=IMPRECISE, out_dtype=ACCUMULATOR
-        )
+        x = tl.load(x_ptrs + start, mask=x_mask, other=0.0)
+        if w_ptr.dtype.element_ty == tl.float8e4nv:  # sm_90 adds with 14 bits, until it is told to hand over
+            acc = tl.dot(w, x, acc, max_num_imprecise_acc=BLOCK_K)
+        else:
+            acc = tl.dot(w, x, acc, input_precision=PRECISION, out_dtype=ACCUMULATOR)
     return acc
 
 
@@ -79,16 +79,16 @@ def _linear_kernel(
     n, t = locate_tile(num_tokens, N, BLOCK_N, BLOCK_T, GROUP_N)
     first = tl.program_id(1) if PARALLEL else 0
     if PARALLEL or NUM_RUNS == 1:
-        total = _dense_run(
+        total = dense_run(
             x_ptr, w_ptr, n, t, num_tokens, first,
-            N, K, STEPS, BLOCK_N, BLOCK_T, BLOCK_K, tl.float32, PRECISION, None,
+            N, K, STEPS, BLOCK_N, BLOCK_T, BLOCK_K, tl.float32, PRECISION,
         )  # fmt: skip
     else:
         total = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
         for run in range(NUM_RUNS):
-            total += _dense_run(
+            total += dense_run(
                 x_ptr, w_ptr, n, t, num_tokens, run,
-                N, K, STEPS, BLOCK_N, BLOCK_T, BLOCK_K, tl.float32, PRECISION, None,
+                N, K, STEPS, BLOCK_N, BLOCK_T, BLOCK_K, tl.float32, PRECISION,
             )  # fmt: skip
     if HAS_BIAS and not PARALLEL:
         total += tl.load(bias_ptr + n, mask=n < N, other=0).to(tl.float32)[:, None]
