@@ -1,8 +1,8 @@
 """Matrix products of 8-bit weights with 8-bit activations, both int8 or both float8 (e4m3).
 
 The tile is transposed as in `linear.py`. A step reads BLOCK_N * BLOCK_K bytes of weights and BLOCK_T *
-BLOCK_K of activations, and does 2 * BLOCK_N * BLOCK_T * BLOCK_K operations. Sums of int8 are exact in int32; those of
-float8 are kept in float32, and a tensor core that adds with fewer bits hands over after each step.
+BLOCK_K of activations, and does 2 * BLOCK_N * BLOCK_T * BLOCK_K operations. Sums of int8 are exact in int32;
+those of float8 are float32, and tensor cores that add with fewer bits hand over after each step.
 """
 
 import torch

@@ -43,8 +43,8 @@ def plan_runs(kernel: str, rows: int, columns: int, weight_bytes: float, num_tok
 
     The table's TARGET_PROGRAMS says how many programs fill the chip, MIN_STEPS how short a run may be,
     MAX_RUNS how many there are at most, and WORKSPACE_PERMILLE how much of the weight's bytes the workspace
-    may move (it is written once and read once) before the runs share a program. Then a tile has two accumulators, and the
-    table's case is `t64_runs` in place of `t64`.
+    may move (it is written once and read once) before the runs share a program. Then a tile has two
+    accumulators, and the table's case is `t64_runs` in place of `t64`.
     """
     cut = tiles(kernel)
     total = triton.cdiv(columns, cut["BLOCK_K"])
