@@ -45,9 +45,7 @@ def _expand(
     second = _half_float(words >> 16, IS_BF16)
     added = second if HAS_OFFSET else -(second * scale)
     small = (codes.to(tl.int32) & (15 << (4 * i))).to(tl.float32, bitcast=True)
-    code = (
-        small * 8.507059173023462e37
-    )  # 2^126, the largest power that is sure to be finite: 2^(4 i - 23) is left
+    code = small * 8.507059173023462e37  # 2^126, near the largest float: 2^(4 i - 23) is left for the scale
     return (code * (scale * (1 << (23 - 4 * i)))[:, None] + added[:, None]).to(dtype)
 
 
