@@ -101,7 +101,8 @@ class Engine:
                 checkpoint's own.
             quantization: `None` keeps weights as stored. "int8" and "int4" quantise them at load ("int4-g64"
                 and "int4-g128" with groups of 64 or 128 weights instead of 32), embeddings and LM head always
-                to 8 bits. "dequantize" expands quantised ones to `dtype`.
+                to 8 bits. "w8a8-int8" and "w8a8-fp8" (GPUs only) compute layers on 8-bit weights and
+                activations. "dequantize" expands quantised ones to `dtype`.
             ignore_config: unknown fields of config.json to accept.
             limits: fields of `EngineConfig`.
         """

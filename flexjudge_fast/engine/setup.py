@@ -21,11 +21,18 @@ from flexjudge_fast.engine.scheduler import Scheduler, SchedulerLimits
 from flexjudge_fast.errors import CheckpointError, InvalidArgumentError
 from flexjudge_fast.models.config import DecoderConfig, model_config, read_decoder_config
 from flexjudge_fast.models.registry import load_model
-from flexjudge_fast.ops.backend import isa
+from flexjudge_fast.ops.backend import isa, uses_triton
 from flexjudge_fast.prompts.chat_template import ChatTemplate
 from flexjudge_fast.prompts.tokenizer import Tokenizer
 from flexjudge_fast.weights.checkpoint import Checkpoint, open_checkpoint
-from flexjudge_fast.weights.quantization import QUANTIZATIONS, find_quantization
+from flexjudge_fast.weights.quantization import (
+    GPU_QUANTIZATIONS,
+    QUANTIZATIONS,
+    ActivationQuantization,
+    Quantization,
+    find_activation_quantization,
+    find_quantization,
+)
 
 
 @dataclass(frozen=True)
@@ -51,11 +58,8 @@ def load_parts(
     config: EngineConfig,
 ) -> EngineParts:
     """Load a checkpoint and size everything around it."""
-    scheme = find_quantization(quantization or "")
-    if scheme is None and quantization not in (None, "dequantize"):
-        known = ", ".join(map(repr, QUANTIZATIONS))
-        raise InvalidArgumentError(f'quantization={quantization!r}: must be None, {known} or "dequantize"')
     where = pick_device(device)
+    scheme = _quantization(quantization, where)
     checkpoint = open_checkpoint(model)
     run = model_config(checkpoint.config)
     stored = [part.get(name) for part in (checkpoint.config, run) for name in ("dtype", "torch_dtype")]
@@ -112,6 +116,16 @@ def load_parts(
             None if media is None else media.encoder,
         ),
     )
+
+
+def _quantization(name: str | None, device: torch.device) -> Quantization | ActivationQuantization | None:
+    if name in GPU_QUANTIZATIONS and not uses_triton(torch.empty(0, device=device)):
+        raise InvalidArgumentError(f"quantization={name!r} needs a GPU, not device={str(device)!r}")
+    scheme = find_quantization(name or "") or find_activation_quantization(name or "")
+    if scheme is None and name not in (None, "dequantize"):
+        known = ", ".join(map(repr, QUANTIZATIONS + GPU_QUANTIZATIONS))
+        raise InvalidArgumentError(f'quantization={name!r}: must be None, {known} or "dequantize"')
+    return scheme
 
 
 def _chat_template(checkpoint: Checkpoint) -> ChatTemplate:

@@ -4,39 +4,72 @@ from collections.abc import Sequence
 
 import torch
 
+from flexjudge_fast.ops.backend import uses_triton
 from flexjudge_fast.ops.linear import linear, quantized_linear
+from flexjudge_fast.ops.linear_w4a16 import W4_FORMATS, W4Matrix, linear_w4a16, repack_w4_blocks
+from flexjudge_fast.ops.linear_w8a8 import W8Matrix, linear_w8a8, quantize_tokens, repack_w8
 from flexjudge_fast.weights.tensor import DenseTensor, QuantTensor, Weight
+
+Matrix = DenseTensor | QuantTensor | W4Matrix | W8Matrix
 
 
 class Linear:
-    """`x @ weight.T + bias`, the weight kept as stored (dense or quantised blocks).
+    """`x @ weight.T + bias`; the weight is kept as stored (dense or in blocks), or as GPU kernels read it.
 
     Several weights can share one layer (q, k and v; gate and up): their outputs stand side by side. With
     `merge`, neighbours of the same format become one matrix.
+
+    Args:
+        eight_bits: int8 or float8_e4m3fn: dense weights are quantised to it, and activations on their way in.
     """
 
     def __init__(
-        self, weights: Sequence[Weight], bias: torch.Tensor | None = None, merge: bool = True
+        self,
+        weights: Sequence[Weight],
+        bias: torch.Tensor | None = None,
+        merge: bool = True,
+        eight_bits: torch.dtype | None = None,
     ) -> None:
-        self.weights = _merge(weights) if merge else list(weights)
+        self.matrices = [_repack(w, eight_bits) for w in (_merge(weights) if merge else weights)]
         self.bias = bias  # [out_features]
-        self.out_features = sum(w.shape[0] for w in self.weights)
+        self.out_features = sum(m.shape[0] for m in self.matrices)
+
+    @property
+    def weights(self) -> list[Weight]:
+        """Those that are kept as stored, which on a CPU are all of them."""
+        return [m for m in self.matrices if isinstance(m, DenseTensor | QuantTensor)]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[num_tokens, in_features] to [num_tokens, out_features], same dtype."""
-        parts = [_apply(x, w) for w in self.weights]
-        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        if len(self.matrices) == 1:
+            return _apply(x, self.matrices[0], self.bias)
+        out = torch.cat([_apply(x, matrix, None) for matrix in self.matrices], dim=-1)
         return out if self.bias is None else out + self.bias
 
     @property
     def nbytes(self) -> int:
-        return sum(w.nbytes for w in self.weights) + (0 if self.bias is None else self.bias.nbytes)
+        return sum(m.nbytes for m in self.matrices) + (0 if self.bias is None else self.bias.nbytes)
 
 
-def _apply(x: torch.Tensor, weight: Weight) -> torch.Tensor:
-    if isinstance(weight, QuantTensor):
-        return quantized_linear(x, weight.blocks, weight.format.name)
-    return linear(x, weight.data)
+def _apply(x: torch.Tensor, matrix: Matrix, bias: torch.Tensor | None) -> torch.Tensor:
+    if isinstance(matrix, DenseTensor):
+        return linear(x, matrix.data, bias)
+    if isinstance(matrix, W4Matrix):
+        return linear_w4a16(x, matrix, bias)
+    if isinstance(matrix, W8Matrix):
+        codes, scales = quantize_tokens(x, matrix.codes.dtype)
+        return linear_w8a8(codes, scales, matrix, bias, x.dtype)
+    out = quantized_linear(x, matrix.blocks, matrix.format.name)
+    return out if bias is None else out + bias
+
+
+def _repack(weight: Weight, eight_bits: torch.dtype | None) -> Matrix:
+    """As the kernel that will read it wants it: once, when the model is loaded."""
+    if isinstance(weight, DenseTensor):
+        return weight if eight_bits is None else repack_w8(weight.data, eight_bits)
+    if weight.format.name in W4_FORMATS and uses_triton(weight.blocks):
+        return repack_w4_blocks(weight.blocks, weight.format.name)
+    return weight
 
 
 def _merge(weights: Sequence[Weight]) -> list[Weight]:

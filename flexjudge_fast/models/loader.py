@@ -7,7 +7,7 @@ import torch
 from flexjudge_fast.errors import CheckpointError
 from flexjudge_fast.layers.linear import Linear
 from flexjudge_fast.weights.checkpoint import Checkpoint
-from flexjudge_fast.weights.quantization import Quantization
+from flexjudge_fast.weights.quantization import ActivationQuantization, Quantization
 from flexjudge_fast.weights.tensor import DenseTensor, Weight
 
 
@@ -16,7 +16,7 @@ class TensorLoader:
 
     Args:
         expand: turn quantised weights into dense ones.
-        quantization: quantise dense weights.
+        quantization: quantise dense weights, or them and activations.
         merge: join the weights of one layer into one matrix where their formats agree.
     """
 
@@ -27,7 +27,7 @@ class TensorLoader:
         device: torch.device,
         expand: bool = False,
         merge: bool = True,
-        quantization: Quantization | None = None,
+        quantization: Quantization | ActivationQuantization | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.dtype = dtype
@@ -53,7 +53,7 @@ class TensorLoader:
                 f"{self.checkpoint.path}: tensor {name} has shape {tuple(weight.shape)}, "
                 f"config.json asks for {shape}"
             )
-        if self.quantization is not None:
+        if isinstance(self.quantization, Quantization):
             weight = self.quantization.apply(name, weight)
         if isinstance(weight, DenseTensor) or self.expand:
             weight = DenseTensor(weight.to_dense(self.dtype))
@@ -70,4 +70,7 @@ class TensorLoader:
         pairs = list(zip(names, sizes, strict=True))
         weights = [self.weight(name + ".weight", (size, in_features)) for name, size in pairs]
         biases = torch.cat([self.vector(name + ".bias", size) for name, size in pairs]) if bias else None
-        return Linear(weights, biases, self.merge)
+        eight_bits = None
+        if isinstance(self.quantization, ActivationQuantization):
+            eight_bits = self.quantization.dtype_of(names[0] + ".weight", weights[0])
+        return Linear(weights, biases, self.merge, eight_bits)

@@ -26,7 +26,7 @@ from flexjudge_fast.models.vision_config import VisionConfig
 from flexjudge_fast.models.vision_tower import VisionTower
 from flexjudge_fast.ops.backend import has_compiled_ops
 from flexjudge_fast.weights.checkpoint import Checkpoint, open_checkpoint
-from flexjudge_fast.weights.quantization import Quantization
+from flexjudge_fast.weights.quantization import ActivationQuantization, Quantization
 
 
 def open_model(
@@ -63,7 +63,7 @@ def load_model(
     device: torch.device,
     max_len: int,
     expand: bool = False,
-    quantization: Quantization | None = None,
+    quantization: Quantization | ActivationQuantization | None = None,
     activation_bytes: int = 2,
     num_threads: int = 1,
 ) -> Decoder | PackedModel:
@@ -73,7 +73,7 @@ def load_model(
         config: the checkpoint's, as `read_decoder_config` gives it.
         max_len: positions to prepare for, in tokens.
         expand: turn quantised weights into dense ones at load.
-        quantization: quantise dense weights at load.
+        quantization: quantise dense weights at load, or them and activations.
         activation_bytes, num_threads: of the CPU kernels, see `PackedModel`.
 
     Returns:

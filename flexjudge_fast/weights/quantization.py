@@ -1,4 +1,4 @@
-"""Which weights `quantization="int8"` or "int4" quantises, and to what."""
+"""Which weights `quantization="int8"`, "int4" or "w8a8-int8" quantises, and to what."""
 
 import re
 from dataclasses import dataclass
@@ -18,6 +18,8 @@ _TABLE = re.compile(r"((.+\.)?embed_tokens|(thinker\.)?lm_head)\.weight")
 OWN_CONFIG = {"quant_method": "flexjudge", "version": 1}
 _LAYER_FORMATS = {"int8": "I8_32", "int4": "Q4_1", "int4-g64": "I4_64", "int4-g128": "I4_128"}
 QUANTIZATIONS = tuple(_LAYER_FORMATS)
+_EIGHT_BITS = {"w8a8-int8": torch.int8, "w8a8-fp8": torch.float8_e4m3fn}
+GPU_QUANTIZATIONS = tuple(_EIGHT_BITS)
 
 
 @dataclass(frozen=True)
@@ -62,3 +64,34 @@ def find_quantization(name: str) -> Quantization | None:
     """The quantisation of this name, if there is one."""
     layers, tables = find_format(_LAYER_FORMATS.get(name, "")), find_format("I8_32")
     return None if layers is None or tables is None else Quantization(name, layers, tables)
+
+
+@dataclass(frozen=True)
+class ActivationQuantization:
+    """8 bits for the decoder layers' matrices and for what they are multiplied with; nothing to store.
+
+    dtype: int8 or float8_e4m3fn. Embeddings and LM head stay dense.
+    """
+
+    name: str
+    dtype: torch.dtype
+
+    def dtype_of(self, name: str, weight: Weight) -> torch.dtype | None:
+        """What the layer with the tensor `name` computes in; None: as the weight is.
+
+        Raises:
+            InvalidArgumentError: it is quantised already.
+        """
+        if not _LAYER.fullmatch(name):
+            return None
+        if isinstance(weight, QuantTensor):
+            raise InvalidArgumentError(
+                f"quantization={self.name!r}: tensor {name} is quantised already ({weight.format.name}); "
+                "a second time would cost accuracy"
+            )
+        return self.dtype
+
+
+def find_activation_quantization(name: str) -> ActivationQuantization | None:
+    """The quantisation of weights and activations of this name, if there is one."""
+    return ActivationQuantization(name, _EIGHT_BITS[name]) if name in _EIGHT_BITS else None
