@@ -24,7 +24,7 @@ if __name__ == "__main__":
 from bench.engines import MissingError  # noqa: E402
 from bench.gpu_engines import Vllm, measure_engine, measure_judging  # noqa: E402
 from bench.gpu_peers import peers  # noqa: E402
-from flexjudge_fast.kernels.catalog import ModelShape, launches  # noqa: E402
+from flexjudge_fast.kernels.catalog import Launch, ModelShape, launches  # noqa: E402
 from flexjudge_fast.kernels.chips import ARCHS, capability  # noqa: E402
 
 WEIGHTS = ("bf16", "w4a16-g128", "int8", "fp8")
@@ -109,9 +109,7 @@ def run_tests() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("tests", "kernels", "engine"), action="append")
     parser.add_argument("--layers", type=int, default=28, help="of the random model; fewer for a small card")
     parser.add_argument("--model", type=Path, help="a checkpoint instead of the random one")

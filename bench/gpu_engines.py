@@ -41,13 +41,8 @@ def random_model(folder: Path, layers: int) -> Path:
     kv = KV_HEADS * HEAD_DIM
     for i in range(layers):
         attention, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
-        tensors = {
-            f"{attention}{n}_proj.weight": random(s, HIDDEN)
-            for n, s in zip("qkv", (HIDDEN, kv, kv), strict=True)
-        }
-        tensors |= {
-            f"{attention}{n}_proj.bias": random(s) for n, s in zip("qkv", (HIDDEN, kv, kv), strict=True)
-        }
+        tensors = {f"{attention}{n}_proj.weight": random(s, HIDDEN) for n, s in zip("qkv", (HIDDEN, kv, kv), strict=True)}
+        tensors |= {f"{attention}{n}_proj.bias": random(s) for n, s in zip("qkv", (HIDDEN, kv, kv), strict=True)}
         tensors[f"{attention}o_proj.weight"] = random(HIDDEN, HIDDEN)
         tensors |= {f"{mlp}{n}_proj.weight": random(INNER, HIDDEN) for n in ("gate", "up")}
         tensors[f"{mlp}down_proj.weight"] = random(HIDDEN, INNER)
@@ -81,9 +76,7 @@ def measure_judging(folder: Path) -> dict[str, float]:
     with Engine.from_pretrained(folder, device="cuda", max_model_len=8192) as engine:
         engine.generate(["Good morning."])
         items = [
-            Judgement(
-                "pair", question, answers, rubric=RUBRIC, votes=VOTES, order="both", max_think_tokens=THINK
-            )
+            Judgement("pair", question, answers, rubric=RUBRIC, votes=VOTES, order="both", max_think_tokens=THINK)
             for question, answers in make_pairs(PAIRS)
         ]
         start = time.perf_counter()

@@ -2,6 +2,9 @@
 
 from collections.abc import Callable
 
+import torch
+import torch.nn.functional as F  # noqa: N812
+
 from flexjudge_fast.kernels.catalog import Launch, ModelShape
 
 Call = Callable[[], object]
