@@ -68,6 +68,7 @@ def attend_chunk(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    SUM_BY_DOT: tl.constexpr,
 ):
     """Maximum [BLOCK_M], sum [BLOCK_M] and unnormalised result [BLOCK_M, BLOCK_D] of one chunk, float32."""
     EIGHT_BITS: tl.constexpr = KV == "int8" or KV == "fp8"
@@ -76,6 +77,9 @@ def attend_chunk(
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)  # noqa: E741
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    if SUM_BY_DOT:
+        ones = tl.full((BLOCK_N, 16), 1.0, q.dtype)
+        sums = tl.zeros((BLOCK_M, 16), tl.float32)
     for first in range(start, tl.minimum(start + CHUNK, stop), BLOCK_N):
         position = first + tl.arange(0, BLOCK_N)
         inside = position < stop
@@ -92,13 +96,18 @@ def attend_chunk(
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)
         p = tl.exp2(tl.fma(scores, scale, -shift[:, None]))
         alpha = tl.exp2(m - shift)
-        l = tl.fma(l, alpha, tl.sum(p, 1))  # noqa: E741
+        if SUM_BY_DOT:
+            sums = tl.dot(p.to(q.dtype), ones, sums * alpha[:, None], input_precision=PRECISION)
+        else:
+            l = tl.fma(l, alpha, tl.sum(p, 1))  # noqa: E741
         m = m_new
         v = _load_rows(values_ptr, rows, inside, q.dtype, HEAD_DIM, BLOCK_D, KV)
         if EIGHT_BITS:
             scales = tl.load(values_ptr.to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0)
             p *= (scales * UNIT)[None, :]
         acc = tl.dot(p.to(q.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    if SUM_BY_DOT:
+        l = tl.max(sums, 1)  # noqa: E741
     return m, l, acc
 
 

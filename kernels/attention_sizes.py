@@ -58,7 +58,7 @@ def attention_sizes(
         "KV_HEADS": kv_heads,
         "HEAD_DIM": head_dim,
         "KV": KV_NAMES[kv_dtype],
-        "BLOCK_N": tiles("attention", case)["BLOCK_N"],
+        **tiles("attention", case),
         "BLOCK_D": block_d,
         "PRECISION": "ieee" if wide else "tf32",  # says nothing about 16-bit operands
     }

@@ -44,6 +44,7 @@ def _decode_attention_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    SUM_BY_DOT: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     GROUP: tl.constexpr = HEADS // KV_HEADS
@@ -64,7 +65,7 @@ def _decode_attention_kernel(
     # A chunk that sequences share lies within each of their contexts.
     m, l, acc = attend_chunk(  # noqa: E741
         q, keys_ptr, values_ptr, table_ptr, visible, start, tl.max(visible, 0), kv_head, scale,
-        BLOCK_SIZE, KV_HEADS, HEAD_DIM, KV, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
+        BLOCK_SIZE, KV_HEADS, HEAD_DIM, KV, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, SUM_BY_DOT,
     )  # fmt: skip
     stats = stats_ptr + (partials.to(tl.int64) * HEADS + heads) * 2
     tl.store(stats, m, mask=valid)

@@ -40,6 +40,7 @@ def _prefill_attention_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    SUM_BY_DOT: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     GROUP: tl.constexpr = HEADS // KV_HEADS
@@ -60,7 +61,7 @@ def _prefill_attention_kernel(
     for start in range(0, stop, CHUNK):
         m_next, l_next, acc_next = attend_chunk(
             q, keys_ptr, values_ptr, table_ptr, visible, start, stop, kv_head, scale,
-            BLOCK_SIZE, KV_HEADS, HEAD_DIM, KV, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
+            BLOCK_SIZE, KV_HEADS, HEAD_DIM, KV, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, SUM_BY_DOT,
         )  # fmt: skip
         m, l, acc = merge(m, l, acc, m_next, l_next, acc_next)  # noqa: E741
     store_rows(out_ptr, normalise(l, acc), tokens, heads, valid, HEADS, HEAD_DIM, BLOCK_D)
