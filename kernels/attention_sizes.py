@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from flexjudge_fast.kernels.chips import capability
 from flexjudge_fast.kernels.tiles import tiles
 
 KV_NAMES = {
@@ -30,7 +31,6 @@ class Sizes:
     shared: Mapping[str, int]
 
 
-@functools.cache
 def attention_sizes(
     dtype: torch.dtype, kv_dtype: torch.dtype, block_size: int, heads: int, kv_heads: int, head_dim: int
 ) -> Sizes:
@@ -43,6 +43,20 @@ def attention_sizes(
         raise ValueError(
             f"no attention kernel: {kv_dtype}, head_dim {head_dim}, {heads} over {kv_heads} heads"
         )
+    return _sizes(dtype, kv_dtype, block_size, heads, kv_heads, head_dim, capability())
+
+
+@functools.cache
+def _sizes(
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    block_size: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    arch: int,
+) -> Sizes:
+    """`attention_sizes` on the architecture `arch`, which is the current one."""
     block_d = max(16, triton.next_power_of_2(head_dim))
     wide = dtype == torch.float32
     case = f"d{block_d}_{'float32' if wide else 8 * kv_dtype.itemsize}"
