@@ -59,7 +59,6 @@ def _decode_attention_kernel(
     entries = order_ptr + 4 * (first + row // GROUP)
     tokens = tl.load(entries + 1, mask=valid, other=0)
     visible = tl.load(entries + 2, mask=valid, other=0)
-    partials = tl.load(entries + 3, mask=valid, other=0)
     table_ptr = tables_ptr + tl.load(order_ptr + 4 * first).to(tl.int64) * table_stride
     q = load_query(q_ptr, tokens, heads, valid, HEADS, HEAD_DIM, BLOCK_D)
     # A chunk that sequences share lies within each of their contexts.
@@ -67,6 +66,11 @@ def _decode_attention_kernel(
         q, keys_ptr, values_ptr, table_ptr, visible, start, tl.max(visible, 0), kv_head, scale,
         BLOCK_SIZE, KV_HEADS, HEAD_DIM, KV, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, SUM_BY_DOT,
     )  # fmt: skip
+    # As in prefill, the rows again, by way of a number that only the device knows to be 0.
+    row = tl.arange(0, BLOCK_M) + (tl.load(item_ptr + 1, volatile=True) >> 16)
+    heads = kv_head * GROUP + row % GROUP
+    valid = row // GROUP < count
+    partials = tl.load(order_ptr + 4 * (first + row // GROUP) + 3, mask=valid, other=0)
     stats = stats_ptr + (partials.to(tl.int64) * HEADS + heads) * 2
     tl.store(stats, m, mask=valid)
     tl.store(stats + 1, l, mask=valid)

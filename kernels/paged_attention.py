@@ -64,6 +64,12 @@ def _prefill_attention_kernel(
             BLOCK_SIZE, KV_HEADS, HEAD_DIM, KV, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, SUM_BY_DOT,
         )  # fmt: skip
         m, l, acc = merge(m, l, acc, m_next, l_next, acc_next)  # noqa: E741
+    # The rows again, by way of a number that only the device knows to be 0: else pointers and masks, which are those
+    # of the query, would take registers all the way here.
+    row = tl.arange(0, BLOCK_M) + (tl.load(tile_ptr + 2, volatile=True) >> 16)
+    tokens = tl.load(tile_ptr + 1, volatile=True) + row // GROUP
+    heads = kv_head * GROUP + row % GROUP
+    valid = row // GROUP < count
     store_rows(out_ptr, normalise(l, acc), tokens, heads, valid, HEADS, HEAD_DIM, BLOCK_D)
 
 
