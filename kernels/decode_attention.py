@@ -123,9 +123,11 @@ def decode_attention(
     """
     _, heads, head_dim = query.shape
     constants = next((c for c in (sizes.decode, sizes.shared) if c["BLOCK_M"] == plan.decode_rows), None)
-    if constants is None:
+    if constants is None or plan.group * keys.shape[2] != heads:
         known = sizes.decode["BLOCK_M"], sizes.shared["BLOCK_M"]
-        raise ValueError(f"the plan's decode tiles have {plan.decode_rows} rows, the kernel's have {known}")
+        raise ValueError(
+            f"the plan's tiles have {plan.decode_rows} rows in groups of {plan.group}, the kernel's have {known}"
+        )
     num_partials = len(plan.order)
     stats = query.new_empty(num_partials, heads, 2, dtype=torch.float32)
     acc = query.new_empty(num_partials, heads, head_dim, dtype=torch.float32)

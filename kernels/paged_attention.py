@@ -112,6 +112,8 @@ def paged_attention(
     if plan.has_decode:
         decode_attention(*arguments, *last, plan, sizes)
     if len(plan.tiles):
+        if plan.prefill_rows != sizes.prefill["BLOCK_M"] or plan.group * kv_heads != query.shape[1]:
+            raise ValueError(f"the plan's tiles have {plan.prefill_rows} rows in groups of {plan.group}")
         _prefill_attention_kernel[(len(plan.tiles), kv_heads)](
             *arguments, plan.tiles, *last, **sizes.common, **sizes.prefill
         )
