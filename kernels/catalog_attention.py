@@ -2,9 +2,11 @@
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from flexjudge_fast.kernels.attention_sizes import Sizes, attention_sizes
 from flexjudge_fast.kernels.catalog import Launch, ModelShape
@@ -54,7 +56,8 @@ def launches(shape: ModelShape, device: str = "meta") -> Iterator[Launch]:
             shape.head_dim**-0.5,
             plan.to(device),
         )
-        least, moved = attention_bytes(shape, plan, context_lens, len(np.unique(tables)))
+        positions = sum(context_lens) - shared * (len(context_lens) - 1) * is_shared
+        least, moved = attention_bytes(shape, plan, int(starts[-1]), positions)
         seen = sum(n * c - n * (n - 1) // 2 for n, c in zip(new, context_lens, strict=True))
         yield Launch(
             kernel="attention_prefill" if len(plan.tiles) else "attention_decode",
@@ -72,3 +75,64 @@ def sizes_of(shape: ModelShape) -> Sizes:
     return attention_sizes(
         shape.dtype, shape.kv_dtype, shape.block_size, shape.num_heads, shape.num_kv_heads, shape.head_dim
     )
+
+
+def block_tables(context_lens: list[int], shared: int, block_size: int) -> tuple[NDArray[np.int64], int]:
+    """[num_seqs, max_blocks] of sequences whose first `shared` tokens are the same, and the number of blocks."""
+    width = -(-max(context_lens) // block_size)
+    common = shared // block_size
+    tables = np.arange(len(context_lens) * width).reshape(len(context_lens), width)
+    tables[:, :common] = np.arange(common)
+    return tables, tables.size
+
+
+def decode_loads(shape: ModelShape, plan: HostPlan) -> dict[str, int]:
+    """Bytes that the decode kernel loads of the cache, the query, the block tables and the plan's lists.
+
+    An address that several threads of one load ask for is counted once, except in the lists, which are tiny.
+    """
+    items = plan.items[plan.items[:, 1] > 0]
+    contexts = plan.order[items[:, 0], 2].astype(np.int64)
+    positions = int(np.minimum(CHUNK, contexts - CHUNK * items[:, 2]).sum())
+    pairs = int(items[:, 1].sum())
+    row = kv_row_size(shape.head_dim, shape.kv_dtype) * shape.kv_dtype.itemsize
+    kv_heads = shape.num_kv_heads
+    return {
+        "cache": 2 * positions * kv_heads * row,
+        "query": pairs * shape.num_heads * shape.head_dim * shape.dtype.itemsize,
+        "tables": -(-positions // shape.block_size) * kv_heads * 8,
+        "lists": kv_heads * (plan.items.nbytes + pairs * 16),
+    }
+
+
+def attention_bytes(shape: ModelShape, plan: HostPlan, num_rows: int, num_positions: int) -> tuple[float, float]:
+    """The least a step's attention must move, and what the kernels' own loads and stores move.
+
+    The least: keys and values of each position once, the query and the result. Partial results are written once and
+    read once; what is in the L2 by then is counted all the same.
+
+    Args:
+        num_rows: new tokens. num_positions: in all blocks that are read.
+    """
+    row = kv_row_size(shape.head_dim, shape.kv_dtype) * shape.kv_dtype.itemsize
+    kv_row = 2 * shape.num_kv_heads * row
+    tokens = num_rows * shape.num_heads * shape.head_dim * shape.dtype.itemsize
+    least = float(num_positions * kv_row + 2 * tokens)
+    moved = 0.0
+    if len(plan.items):
+        pairs = int(plan.items[:, 1].sum())
+        partials = 2 * pairs * shape.num_heads * (4 * shape.head_dim + 8)
+        merged = int((plan.merges[:, 0] >= 0).sum()) * shape.num_heads * shape.head_dim * shape.dtype.itemsize
+        moved += sum(decode_loads(shape, plan).values()) + partials + merged + plan.merges.nbytes * shape.num_heads
+    if len(plan.tiles):
+        reads = int((plan.tiles[:, 2].astype(np.int64) + plan.tiles[:, 3] - 1).sum())
+        new = int(plan.tiles[:, 2].sum())
+        table_bytes = reads / shape.block_size * 8 * shape.num_kv_heads
+        moved += reads * kv_row + table_bytes + plan.tiles.nbytes * shape.num_kv_heads
+        moved += 2 * new * shape.num_heads * shape.head_dim * shape.dtype.itemsize
+    return least, moved
+
+
+def _run(*arguments: Any) -> None:
+    """A launch's `run` returns nothing."""
+    paged_attention(*arguments)
