@@ -1,4 +1,4 @@
-"""The reduction that prefill and decode have in common: one chunk of keys and values by itself, and the merge.
+"""What prefill and decode have in common: the reduction of one chunk of keys and values, and the merge.
 
 A chunk is CHUNK positions of a sequence, counted from its first. Its keys and values come in tiles of BLOCK_N
 positions, one after the other; each moves the running maximum `m`, sum `l` and accumulator `acc`:
@@ -6,9 +6,9 @@ positions, one after the other; each moves the running maximum `m`, sum `l` and 
     rows = (token, head) pairs of one KV head      q [BLOCK_M, BLOCK_D] stays
     for each tile:  k, v [BLOCK_N, BLOCK_D]        4 * BLOCK_M * BLOCK_N * BLOCK_D operations
 
-Chunks are merged first to last with `merge`. Both kernels do the same operations in the same order for a row, so its
-bits depend on its sequence alone. For that, products that are added to are written as `fma`: what the compiler
-contracts depends on what stands around it. Scores are in powers of two (log2(e) is in the scale).
+Chunks are merged first to last with `merge`. Both kernels do the same operations in the same order for a row,
+so its bits depend on its sequence alone. For that, products that are added to are written as `fma`: what the
+compiler contracts depends on what stands around it. Exponents are of two (log2(e) is in the scale).
 """
 
 import triton
@@ -38,7 +38,7 @@ def _widen(codes, dtype: tl.constexpr, KV: tl.constexpr):
 def _load_rows(
     base, rows, inside, dtype: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, KV: tl.constexpr
 ):
-    """[BLOCK_N, BLOCK_D] in `dtype` from elements `rows` on; zeros where not `inside`, whatever lies there."""
+    """[BLOCK_N, BLOCK_D] in `dtype` from elements `rows` on; where not `inside`, zeros."""
     d = tl.arange(0, BLOCK_D)
     mask = inside[:, None]
     if HEAD_DIM < BLOCK_D:
@@ -52,7 +52,7 @@ def _load_rows(
 @triton.jit
 def attend_chunk(
     q,  # [BLOCK_M, BLOCK_D]
-    keys_ptr,  # [num_blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM]; 8-bit codes are followed by scales in each block
+    keys_ptr,  # [num_blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM], or split blocks of an 8-bit cache
     values_ptr,
     table_ptr,  # the sequence's blocks
     visible,  # [BLOCK_M] keys that each row sees

@@ -22,8 +22,8 @@ LOG2_E = 1.4426950408889634
 
 @dataclass(frozen=True)
 class Sizes:
-    """common: constants of both kernels, BLOCK_N among them, as it cuts the reduction. The others are BLOCK_M,
-    num_warps and so on: of prefill, and of decode by itself or with shared prefixes."""
+    """common: constants of both kernels, BLOCK_N among them, as it cuts the reduction. The others are
+    BLOCK_M, num_warps and so on: of prefill, and of decode by itself or with shared prefixes."""
 
     common: Mapping[str, object]
     prefill: Mapping[str, int]

@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flexjudge_fast.kernels.attention_sizes import Sizes, attention_sizes
+from flexjudge_fast.kernels.attention_sizes import attention_sizes
 from flexjudge_fast.kernels.catalog import Launch, ModelShape
 from flexjudge_fast.kernels.paged_attention import paged_attention
 from flexjudge_fast.ops.attention_plan import CHUNK, HostPlan, plan_attention
 from flexjudge_fast.ops.kv_cache import kv_row_size
 
+# New tokens, contexts, and how many tokens of these all sequences have in common.
 CASES = {
     "prefill 512 behind 2048": ([512], [2560], 0),
     "decode 2048": ([1] * 16, [2048] * 16, 0),
@@ -24,113 +25,127 @@ CASES = {
 def launches(shape: ModelShape, device: str = "meta") -> Iterator[Launch]:
     """Prefill behind a cached prefix, decode, and decode of sequences with a prefix in common.
 
-    device: of the tensors, which are fit to run on a "cuda" device.
+    device: of the tensors, which hold a valid step: "cuda" launches really run.
     """
-    sizes = sizes_of(shape)
-    group = shape.num_heads // shape.num_kv_heads
     kv = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}.get(shape.kv_dtype, str(shape.kv_dtype)[6:])
     for name, (new, context_lens, shared) in CASES.items():
-        is_shared = shared > 0
-        starts = np.cumsum([0, *new])
-        tables, num_blocks = block_tables(context_lens, shared, shape.block_size)
-        rows = (sizes.shared if is_shared else sizes.decode)["BLOCK_M"]
-        plan = plan_attention(
-            starts,
-            np.array(context_lens),
-            tables,
-            shape.block_size,
-            group,
-            rows,
-            prefill_rows=sizes.prefill["BLOCK_M"],
-        )
-        size = (2, num_blocks, shape.block_size, shape.num_kv_heads, kv_row_size(shape.head_dim, shape.kv_dtype))
-        cache = torch.zeros(size, dtype=torch.uint8 if shape.kv_dtype.itemsize == 1 else shape.kv_dtype, device=device)
-        query = torch.zeros(int(starts[-1]), shape.num_heads, shape.head_dim, dtype=shape.dtype, device=device)
-        run = functools.partial(
-            _run,
-            query,
-            cache.view(shape.kv_dtype),
-            torch.from_numpy(tables).to(device),
-            torch.from_numpy(starts).to(device),
-            torch.tensor(context_lens, device=device),
-            shape.head_dim**-0.5,
-            plan.to(device),
-        )
-        positions = sum(context_lens) - shared * (len(context_lens) - 1) * is_shared
-        least, moved = attention_bytes(shape, plan, int(starts[-1]), positions)
+        starts, lens = np.cumsum([0, *new]), np.array(context_lens)
+        tables = block_tables(context_lens, shared, shape.block_size)
+        plan = plan_step(shape, starts, lens, tables, shared > 0)
+        positions = sum(context_lens) - (shared * (len(new) - 1) if shared else 0)
         seen = sum(n * c - n * (n - 1) // 2 for n, c in zip(new, context_lens, strict=True))
         yield Launch(
             kernel="attention_prefill" if len(plan.tiles) else "attention_decode",
             case=f"{name}, {kv}",
-            run=run,
+            run=functools.partial(_run, *_tensors(shape, starts, lens, tables, plan, device)),
             tokens=int(starts[-1]),
-            num_bytes=least,
-            moved_bytes=moved,
+            num_bytes=float(positions * _kv_row(shape) + 2 * _query_bytes(shape, int(starts[-1]))),
+            moved_bytes=float(
+                sum(decode_bytes(shape, plan).values()) + sum(prefill_bytes(shape, plan).values())
+            ),
             flops=4.0 * seen * shape.num_heads * shape.head_dim,
         )
 
 
-def sizes_of(shape: ModelShape) -> Sizes:
-    """The kernels' constants for this model."""
-    return attention_sizes(
-        shape.dtype, shape.kv_dtype, shape.block_size, shape.num_heads, shape.num_kv_heads, shape.head_dim
+def plan_step(
+    shape: ModelShape,
+    starts: NDArray[np.int64],
+    lens: NDArray[np.int64],
+    tables: NDArray[np.int64],
+    shared: bool,
+) -> HostPlan:
+    """The plan of a step on the current architecture. shared: with tiles for prefixes in common."""
+    heads, kv_heads = shape.num_heads, shape.num_kv_heads
+    sizes = attention_sizes(shape.dtype, shape.kv_dtype, shape.block_size, heads, kv_heads, shape.head_dim)
+    return plan_attention(
+        starts,
+        lens,
+        tables,
+        shape.block_size,
+        heads // kv_heads,
+        (sizes.shared if shared else sizes.decode)["BLOCK_M"],
+        prefill_rows=sizes.prefill["BLOCK_M"],
     )
 
 
-def block_tables(context_lens: list[int], shared: int, block_size: int) -> tuple[NDArray[np.int64], int]:
-    """[num_seqs, max_blocks] of sequences whose first `shared` tokens are the same, and the number of blocks."""
+def block_tables(context_lens: list[int], shared: int, block_size: int) -> NDArray[np.int64]:
+    """[num_seqs, max_blocks] of sequences whose first `shared` tokens are the same."""
     width = -(-max(context_lens) // block_size)
-    common = shared // block_size
     tables = np.arange(len(context_lens) * width).reshape(len(context_lens), width)
-    tables[:, :common] = np.arange(common)
-    return tables, tables.size
+    tables[:, : shared // block_size] = np.arange(shared // block_size)
+    return tables
 
 
-def decode_loads(shape: ModelShape, plan: HostPlan) -> dict[str, int]:
-    """Bytes that the decode kernel loads of the cache, the query, the block tables and the plan's lists.
+def decode_bytes(shape: ModelShape, plan: HostPlan) -> dict[str, int]:
+    """Bytes that the decode kernel and the merge move, by what they are.
 
-    An address that several threads of one load ask for is counted once, except in the lists, which are tiny.
+    The cache's are exact. Of a query row, a block table's entry or a list's, an address that several threads
+    of one program ask for is counted once. Partial results are written and read; what the L2 still has of
+    them then is counted all the same.
     """
-    items = plan.items[plan.items[:, 1] > 0]
-    contexts = plan.order[items[:, 0], 2].astype(np.int64)
-    positions = int(np.minimum(CHUNK, contexts - CHUNK * items[:, 2]).sum())
-    pairs = int(items[:, 1].sum())
-    row = kv_row_size(shape.head_dim, shape.kv_dtype) * shape.kv_dtype.itemsize
-    kv_heads = shape.num_kv_heads
+    if not len(plan.merges):
+        return {}
+    items = plan.items[plan.items[:, 1] > 0].astype(np.int64)
+    positions = np.minimum(CHUNK, plan.order[items[:, 0], 2] - CHUNK * items[:, 2])
+    pairs, num_merges = int(items[:, 1].sum()), int((plan.merges[:, 0] >= 0).sum())
+    partials = pairs * shape.num_heads * (4 * shape.head_dim + 8)
     return {
-        "cache": 2 * positions * kv_heads * row,
-        "query": pairs * shape.num_heads * shape.head_dim * shape.dtype.itemsize,
-        "tables": -(-positions // shape.block_size) * kv_heads * 8,
-        "lists": kv_heads * (plan.items.nbytes + pairs * 16),
+        "cache": int(positions.sum()) * _kv_row(shape),
+        "query": _query_bytes(shape, pairs),
+        "tables": int((-(-positions // shape.block_size)).sum()) * shape.num_kv_heads * 8,
+        "lists": shape.num_kv_heads * (12 * len(plan.items) + 16 * pairs),
+        "partials written": partials,
+        "partials read": partials,
+        "merges": 12 * len(plan.merges) * shape.num_heads,
+        "out": _query_bytes(shape, num_merges),
     }
 
 
-def attention_bytes(shape: ModelShape, plan: HostPlan, num_rows: int, num_positions: int) -> tuple[float, float]:
-    """The least a step's attention must move, and what the kernels' own loads and stores move.
+def prefill_bytes(shape: ModelShape, plan: HostPlan) -> dict[str, int]:
+    """Bytes that the prefill kernel moves, by what they are. Its tiles read the same keys, out of the L2."""
+    if not len(plan.tiles):
+        return {}
+    tokens, sees = plan.tiles[:, 2].astype(np.int64), plan.tiles[:, 3].astype(np.int64)
+    positions = sees + tokens - 1
+    return {
+        "cache": int(positions.sum()) * _kv_row(shape),
+        "tables": int((-(-positions // shape.block_size)).sum()) * shape.num_kv_heads * 8,
+        "lists": plan.tiles.nbytes * shape.num_kv_heads,
+        "query": _query_bytes(shape, int(tokens.sum())),
+        "out": _query_bytes(shape, int(tokens.sum())),
+    }
 
-    The least: keys and values of each position once, the query and the result. Partial results are written once and
-    read once; what is in the L2 by then is counted all the same.
 
-    Args:
-        num_rows: new tokens. num_positions: in all blocks that are read.
-    """
-    row = kv_row_size(shape.head_dim, shape.kv_dtype) * shape.kv_dtype.itemsize
-    kv_row = 2 * shape.num_kv_heads * row
-    tokens = num_rows * shape.num_heads * shape.head_dim * shape.dtype.itemsize
-    least = float(num_positions * kv_row + 2 * tokens)
-    moved = 0.0
-    if len(plan.items):
-        pairs = int(plan.items[:, 1].sum())
-        partials = 2 * pairs * shape.num_heads * (4 * shape.head_dim + 8)
-        merged = int((plan.merges[:, 0] >= 0).sum()) * shape.num_heads * shape.head_dim * shape.dtype.itemsize
-        moved += sum(decode_loads(shape, plan).values()) + partials + merged + plan.merges.nbytes * shape.num_heads
-    if len(plan.tiles):
-        reads = int((plan.tiles[:, 2].astype(np.int64) + plan.tiles[:, 3] - 1).sum())
-        new = int(plan.tiles[:, 2].sum())
-        table_bytes = reads / shape.block_size * 8 * shape.num_kv_heads
-        moved += reads * kv_row + table_bytes + plan.tiles.nbytes * shape.num_kv_heads
-        moved += 2 * new * shape.num_heads * shape.head_dim * shape.dtype.itemsize
-    return least, moved
+def _kv_row(shape: ModelShape) -> int:
+    """Bytes of a token's keys and values."""
+    return 2 * shape.num_kv_heads * kv_row_size(shape.head_dim, shape.kv_dtype) * shape.kv_dtype.itemsize
+
+
+def _query_bytes(shape: ModelShape, tokens: int) -> int:
+    return tokens * shape.num_heads * shape.head_dim * shape.dtype.itemsize
+
+
+def _tensors(
+    shape: ModelShape,
+    starts: NDArray[np.int64],
+    lens: NDArray[np.int64],
+    tables: NDArray[np.int64],
+    plan: HostPlan,
+    device: str,
+) -> tuple[Any, ...]:
+    """Arguments of `paged_attention`."""
+    kv_dtype, row_size = shape.kv_dtype, kv_row_size(shape.head_dim, shape.kv_dtype)
+    size = (2, tables.size, shape.block_size, shape.num_kv_heads, row_size)
+    plain = torch.uint8 if kv_dtype.itemsize == 1 else kv_dtype
+    return (
+        torch.zeros(int(starts[-1]), shape.num_heads, shape.head_dim, dtype=shape.dtype, device=device),
+        torch.zeros(size, dtype=plain, device=device).view(kv_dtype),
+        torch.from_numpy(tables).to(device),
+        torch.from_numpy(starts).to(device),
+        torch.from_numpy(lens).to(device),
+        shape.head_dim**-0.5,
+        plan.to(device),
+    )
 
 
 def _run(*arguments: Any) -> None:

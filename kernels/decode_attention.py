@@ -1,9 +1,9 @@
-"""Decode attention over the paged KV cache: a program for each chunk, and a kernel that merges chunks in order.
+"""Decode attention over the paged KV cache: a program for each chunk, and a kernel that merges them in order.
 
-An item is a chunk of one sequence, or of several that have its blocks in common (forked samples, judgements under
-one rubric). Its BLOCK_M rows are (sequence, head) pairs of one KV head; each key and value is read once for all:
+An item is a chunk of one sequence, or of several that have its blocks in common (forked samples, judgements
+under one rubric). Its BLOCK_M rows are (sequence, head) pairs of one KV head, all on each key and value:
 
-    (items, KV heads)  programs read CHUNK * 2 * row bytes, write (4 * HEAD_DIM + 8) bytes per (sequence, head)
+    (items, KV heads)  programs read CHUNK * 2 * row bytes, write 4 * HEAD_DIM + 8 per (sequence, head)
     (sequences, heads) programs read those and write the result
 """
 
@@ -126,7 +126,7 @@ def decode_attention(
     if constants is None or plan.group * keys.shape[2] != heads:
         known = sizes.decode["BLOCK_M"], sizes.shared["BLOCK_M"]
         raise ValueError(
-            f"the plan's tiles have {plan.decode_rows} rows in groups of {plan.group}, the kernel's have {known}"
+            f"the plan's tiles have {plan.decode_rows} rows in groups of {plan.group}, the kernel's {known}"
         )
     num_partials = len(plan.order)
     stats = query.new_empty(num_partials, heads, 2, dtype=torch.float32)

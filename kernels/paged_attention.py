@@ -1,7 +1,7 @@
 """Prefill attention over the paged KV cache: tiles of new tokens, each over its sequence's chunks in order.
 
-A program has BLOCK_M rows: the (token, head) pairs of one KV head for BLOCK_M // group tokens, so that each key and
-value is read once for all of them. It reads (2 * row bytes) per position up to its last token's.
+A program has BLOCK_M rows: the (token, head) pairs of one KV head for BLOCK_M // group tokens, so that each
+key and value is read once for all of them. It reads 2 * row bytes per position up to its last token's.
 """
 
 import torch
@@ -64,8 +64,8 @@ def _prefill_attention_kernel(
             BLOCK_SIZE, KV_HEADS, HEAD_DIM, KV, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, SUM_BY_DOT,
         )  # fmt: skip
         m, l, acc = merge(m, l, acc, m_next, l_next, acc_next)  # noqa: E741
-    # The rows again, by way of a number that only the device knows to be 0: else pointers and masks, which are those
-    # of the query, would take registers all the way here.
+    # The rows again, by way of a number that only the device knows to be 0: else pointers and masks, which
+    # are those of the query, would take registers all the way here.
     row = tl.arange(0, BLOCK_M) + (tl.load(tile_ptr + 2, volatile=True) >> 16)
     tokens = tl.load(tile_ptr + 1, volatile=True) + row // GROUP
     heads = kv_head * GROUP + row % GROUP
@@ -86,14 +86,14 @@ def paged_attention(
 
     Args:
         query: [num_tokens, num_heads, head_dim], bfloat16, float16 or float32.
-        cache: [2, num_blocks, block_size, num_kv_heads, row_size]; 8-bit ones in split blocks (`ops.kv_cache`).
+        cache: [2, num_blocks, block_size, num_kv_heads, row_size]; 8-bit ones in split blocks.
         block_tables: [num_seqs, max_blocks] int64.
         query_start, context_lens: not read, as the plan was made of them.
         scale: factor on the scores, positive.
         plan: of this step.
 
     Returns:
-        [num_tokens, num_heads, head_dim], dtype of `query`. A sequence's bits do not depend on those beside it.
+        [num_tokens, num_heads, head_dim], dtype of `query`. No sequence's bits depend on those beside it.
 
     Raises:
         ValueError: no plan, or no kernel for these sizes.

@@ -1,4 +1,4 @@
-"""Steps of attention over a paged cache for tests of kernels: ragged, with NaN wherever nothing may be read."""
+"""Ragged steps of attention over a paged cache, with NaN wherever nothing may be read."""
 
 import math
 from collections.abc import Sequence
@@ -120,10 +120,10 @@ def make_case(
     slots = elements.flatten(1, 2)
     for i, (count, context_len) in enumerate(zip(counts, context_lens, strict=True)):
         tables[i, :count] = ids[sum(counts[:i]) :][:count]
-        parent, common = shared[i] if i < len(shared) else (0, 0)
+        parent, common = shared[i] if 0 < i < len(shared) else (0, 0)
         common = min(common, count, context_lens[parent] // block_size)
         tables[i, :common] = tables[parent, :common]
-        positions = torch.arange(common * block_size, context_len)
+        positions = torch.arange(min(common * block_size, context_len), context_len)
         where = tables[i, positions // block_size] * block_size + positions % block_size
         if not len(positions):
             continue

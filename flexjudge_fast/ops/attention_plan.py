@@ -1,4 +1,4 @@
-"""Who reads which part of the KV cache in one step's attention: work lists for the kernels, made on the host."""
+"""Who reads which part of the KV cache in a step of attention: the kernels' work lists, made on a host."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ Numbers = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """`HostPlan` on a device. Lists are views of `buffer`, so that a captured graph's plan can be overwritten.
+    """`HostPlan` on a device. Lists are views of `buffer`: the plan of a captured graph can be overwritten.
 
     items, order, merges, tiles: [length, 4] int32, see `HostPlan`.
     """
@@ -47,14 +47,14 @@ class AttentionPlan:
 class HostPlan:
     """Work lists of four int32 numbers an entry.
 
-    items: decode work, one program each and KV head: first entry in `order`, number of entries (0: nothing to do),
-        chunk, 0. Its sequences have all blocks of the chunk in common, or it has one sequence.
-    order: the sequences of the items: row of the block tables, row of the query, context length, place of the
-        partial result.
-    merges: one entry for each sequence: row of the query (-1: not a decode), first partial result, number of
-        partial results, 0.
-    tiles: prefill work: row of the block tables, first row of the query, number of tokens, keys that the first
-        token sees. The others see one more each.
+    items: decode work, one program each and KV head: first entry in `order`, number of entries (0: nothing
+        to do), chunk, 0. Its sequences have all blocks of the chunk in common, or it has one sequence.
+    order: the sequences of the items: row of the block tables, row of the query, context length, place of
+        the partial result.
+    merges: one entry for each sequence: row of the query (-1: not a decode), first partial result, number
+        of partial results, 0.
+    tiles: prefill work: row of the block tables, first row of the query, number of tokens, keys that the
+        first token sees. The others see one more each.
 
     group: query heads of a KV head; decode_rows, prefill_rows: (token, head) pairs in one program's tile.
     """
@@ -110,8 +110,8 @@ def plan_attention(
         block_tables: [num_seqs, max_blocks]; entries past a context are not looked at.
         group: query heads of a KV head.
         rows_per_tile: (sequence, head) pairs of one decode program, at least `group`.
-        max_items: length of the decode lists, at least the chunks of all decoded sequences; without it, they are
-            as long as they must be.
+        max_items: length of the decode lists, at least the chunks of all decoded sequences; without it, they
+            are as long as they must be.
         prefill_rows: (token, head) pairs of one prefill program; `rows_per_tile` without it.
 
     Raises:
@@ -182,7 +182,7 @@ def _decode_lists(
 def _blocks_of_chunks(
     tables: NDArray[np.int64], which: NDArray[np.int64], chunks: NDArray[np.int64], block_size: int
 ) -> NDArray[np.int64]:
-    """[num_pairs, most blocks of a chunk]: the blocks with positions of each (sequence, chunk), then zeros."""
+    """[num_pairs, most blocks of a chunk]: the blocks with positions of each (sequence, chunk), and zeros."""
     begin, end = chunks * CHUNK // block_size, -(-(chunks + 1) * CHUNK // block_size)
     places = begin[:, None] + np.arange(int((end - begin).max()))
     inside = (places < end[:, None]) & (places < tables.shape[1])

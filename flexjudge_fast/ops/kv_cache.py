@@ -1,13 +1,14 @@
 """The paged KV cache: what a row of it holds, writes by slot, and whole-block copies for forks.
 
-Caches of one byte an element (int8, float8_e4m3fn) keep a float32 scale for each token, KV head and side, so their
-rows have head_dim + 4 elements. On the CPU a row's scale follows its codes. On a GPU the scales of a block follow all
-of its codes ("split blocks"), so that codes can be loaded 128 bits at a time:
+Caches of one byte an element (int8, float8_e4m3fn) keep a float32 scale for each token, KV head and side, so
+their rows have head_dim + 4 elements. On the CPU a row's scale follows its codes. On a GPU the scales of a
+block follow all of its codes ("split blocks"), so that codes can be loaded 128 bits at a time. One side of a
+block is then
 
-    one side of one block: codes [block_size, num_kv_heads, head_dim], scales [block_size, num_kv_heads] float32
+    codes [block_size, num_kv_heads, head_dim], scales [block_size, num_kv_heads] float32
 
-`to_split_blocks` and `from_split_blocks` go from one to the other. Either way, scales of keys multiply scores, scales
-of values multiply probabilities.
+`to_split_blocks` and `from_split_blocks` go from one to the other. Either way, keys' scales multiply scores,
+values' scales multiply probabilities.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ def kv_row_size(head_dim: int, dtype: torch.dtype) -> int:
 
 
 def quantize_kv(x: torch.Tensor, dtype: torch.dtype = torch.int8) -> tuple[torch.Tensor, torch.Tensor]:
-    """What an 8-bit cache makes of rows [..., head_dim]: symmetric, the largest magnitude becomes 127, or 448.
+    """What an 8-bit cache makes of rows [..., head_dim]: symmetric, the largest magnitude becomes 127 or 448.
 
     Returns:
         codes [..., head_dim] and float32 scales [..., 1]. A row with NaN or infinity gets the scale NaN.
@@ -57,7 +58,7 @@ def from_kv_rows(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def to_split_blocks(cache: torch.Tensor) -> torch.Tensor:
-    """An 8-bit cache [..., block_size, num_kv_heads, row_size], from rows to split blocks, in a tensor alike."""
+    """An 8-bit cache [..., block_size, num_kv_heads, row_size] of rows, in split blocks; the same shape."""
     codes, scales = cache.view(torch.int8).split((cache.shape[-1] - _SCALE_BYTES, _SCALE_BYTES), -1)
     return torch.cat((codes.flatten(-3), scales.flatten(-3)), -1).view(cache.shape).view(cache.dtype)
 
