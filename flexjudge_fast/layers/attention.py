@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from flexjudge_fast.layers.linear import Linear
+from flexjudge_fast.ops.attention_plan import AttentionPlan
 from flexjudge_fast.ops.kv_cache import write_kv
 from flexjudge_fast.ops.paged_attention import paged_attention
 from flexjudge_fast.ops.rotary_embedding import rotary_embedding
@@ -21,6 +22,7 @@ class AttentionInput:
     context_lens: torch.Tensor  # [num_seqs] int64, on the CPU: new tokens included
     max_context: int  # the largest of context_lens
     media: torch.Tensor | None = None  # [num_media, hidden]: embeddings that stand for placeholders
+    plan: AttentionPlan | None = None  # for the attention kernels of a GPU
 
 
 class Attention:
@@ -48,8 +50,9 @@ class Attention:
             rotary_embedding(query, *cos_sin),
             cache,
             inputs.block_tables,
-            inputs.query_start.tolist(),
-            inputs.context_lens.tolist(),
+            inputs.query_start,
+            inputs.context_lens,
             self.head_dim**-0.5,
+            inputs.plan,
         )
         return self.out(attended.flatten(1))

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from flexjudge_fast.ops.attention_plan import AttentionPlan
+from flexjudge_fast.ops.backend import uses_triton
 from flexjudge_fast.ops.kv_cache import from_kv_rows
 
 
@@ -12,9 +14,10 @@ def paged_attention(
     query: torch.Tensor,
     cache: torch.Tensor,
     block_tables: torch.Tensor,
-    query_start: list[int],
-    context_lens: list[int],
+    query_start: torch.Tensor,
+    context_lens: torch.Tensor,
     scale: float,
+    plan: AttentionPlan | None = None,
 ) -> torch.Tensor:
     """Softmax attention with grouped-query heads (GQA, Ainslie et al. 2023).
 
@@ -25,17 +28,35 @@ def paged_attention(
         query: [num_tokens, num_heads, head_dim], the new tokens of all sequences, one after the other.
         cache: [2, num_blocks, block_size, num_kv_heads, row_size], as `write_kv` fills it.
         block_tables: [num_seqs, max_blocks] int64; entries past a sequence's context are not read.
-        query_start: `num_seqs + 1` offsets into `query`.
-        context_lens: per sequence, tokens in the cache including the new ones.
-        scale: factor on the scores, usually `head_dim ** -0.5`.
+        query_start: [num_seqs + 1] int64, offsets into `query`.
+        context_lens: [num_seqs] int64, tokens in the cache including the new ones.
+        scale: factor on the scores, positive, usually `head_dim ** -0.5`.
+        plan: of this step; the Triton kernels, which run where the query is on a GPU, need it.
 
     Returns:
         [num_tokens, num_heads, head_dim], dtype of `query`.
     """
+    if uses_triton(query):
+        from flexjudge_fast.kernels.paged_attention import paged_attention as kernel
+
+        return kernel(query, cache, block_tables, query_start, context_lens, scale, plan)
+    return paged_attention_reference(query, cache, block_tables, query_start, context_lens, scale)
+
+
+def paged_attention_reference(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    query_start: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """`paged_attention` in plain torch. Rows of 8-bit caches hold codes and scale one behind the other."""
     out = torch.empty_like(query)
     block_size = cache.shape[2]
-    for i, context_len in enumerate(context_lens):
-        start, end = query_start[i], query_start[i + 1]
+    starts = query_start.tolist()
+    for i, context_len in enumerate(context_lens.tolist()):
+        start, end = starts[i], starts[i + 1]
         blocks = block_tables[i, : -(-context_len // block_size)]
         rows = cache[:, blocks].flatten(1, 2)[:, :context_len]  # [2, context_len, num_kv_heads, row_size]
         keys, values = from_kv_rows(rows, query.dtype).unbind(0)

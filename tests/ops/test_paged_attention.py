@@ -51,8 +51,8 @@ class Case:
             self.query.double(),
             self.cache[1],
             self.block_tables,
-            self.query_start,
-            self.context_lens,
+            torch.tensor(self.query_start),
+            torch.tensor(self.context_lens),
             self.scale,
         )
 
