@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 import triton
 
 
@@ -66,10 +65,3 @@ def capability() -> int:
     if triton.knobs.runtime.interpret:
         return INTERPRETER
     return int(triton.runtime.driver.active.get_current_target().arch)
-
-
-def check_float8(dtype: torch.dtype) -> None:
-    """Raises ValueError where `dtype` is float8_e4m3fn and the current device has none (the interpreter has)."""
-    number = capability()
-    if dtype == torch.float8_e4m3fn and INTERPRETER < number < 89:
-        raise ValueError(f"float8 (e4m3) needs sm_89 or later; this device is sm_{number}")

@@ -1,13 +1,13 @@
 """Matrix products with dense weights.
 
-The tile is computed transposed, so that the weight's rows stand where tensor cores want at least 64 of them and a
-handful of tokens suffices on the other side:
+The tile is computed transposed, so that the weight's rows stand where tensor cores want at least 64 of them
+and a handful of tokens suffices on the other side:
 
         K ->                 BLOCK_T tokens
     [ W tile ]  BLOCK_N  .  [ x tile^T ]  BLOCK_K   =  [ out tile^T ]  BLOCK_N x BLOCK_T
 
-A step of BLOCK_K reads BLOCK_N * BLOCK_K weights and BLOCK_T * BLOCK_K activations, and does 2 * BLOCK_N * BLOCK_T *
-BLOCK_K operations. Up to BLOCK_T tokens each weight is read once.
+A step of BLOCK_K reads BLOCK_N * BLOCK_K weights and BLOCK_T * BLOCK_K activations, and does
+2 * BLOCK_N * BLOCK_T * BLOCK_K operations. Up to BLOCK_T tokens each weight is read once.
 """
 
 import torch

@@ -4,14 +4,14 @@ The tile is transposed as in `linear.py`. A step of STEP = 128 columns takes 32 
 
     word j of a row's step:   bits 4 i to 4 i + 3: column 32 i + j,   i = 0..3
 
-so that the lowest nibbles of a thread's words are neighbours in a quarter of the step, and so on, and each quarter is
-a product of its own: nothing moves between threads to unpack. (Words of 16 bits, as the weights they become: then
-the tile in shared memory, the loads that fill it and the tensor core's operand all fit each other.) Each quarter
-lies in one group. Per row and group there is one word of 32 bits: the scale in its low half, zero point or offset in
-its high one.
+so that the lowest nibbles of a thread's words are neighbours in a quarter of the step, and so on, and each
+quarter is a product of its own: nothing moves between threads to unpack. (Words of 16 bits, as the weights
+they become: then the tile in shared memory, the loads that fill it and the tensor core's operand fit each
+other.) Each quarter lies in one group. Per row and group there is one word of 32 bits: the scale in its low
+half, zero point or offset in its high one.
 
-A step reads BLOCK_N * 64 bytes of codes, 4 * BLOCK_N * STEP / group bytes of scales and BLOCK_T * STEP activations,
-and does 2 * BLOCK_N * BLOCK_T * STEP operations. Up to BLOCK_T tokens each code is read once.
+A step reads BLOCK_N * 64 bytes of codes, 4 * BLOCK_N * STEP / group bytes of scales and BLOCK_T * STEP
+activations, and does 2 * BLOCK_N * BLOCK_T * STEP operations. Up to BLOCK_T tokens each code is read once.
 """
 
 import torch
@@ -34,7 +34,7 @@ def _half_float(word, IS_BF16: tl.constexpr):
 
 @triton.jit
 def _expand(codes, words, dtype: tl.constexpr, IS_BF16: tl.constexpr, HAS_OFFSET: tl.constexpr):
-    """Codes [BLOCK_N, QUARTER] (0..15) and words [BLOCK_N] to weights in `dtype`, rounded once from float32."""
+    """Codes [BLOCK_N, QUARTER] and words [BLOCK_N] to weights in `dtype`, rounded once from float32."""
     scale = _half_float(words, IS_BF16)[:, None]
     second = _half_float(words >> 16, IS_BF16)[:, None]
     # 2^23 + code by its bits, as converting integers runs at a fraction of the rate
@@ -150,7 +150,7 @@ def linear_w4a16(
         words: int32 [groups, padded rows]: a pair of 16-bit floats each.
         rows: out_features, without padding.
         is_bf16: the floats in `words` are bfloat16, not float16.
-        has_offset: their second is added to scale * code; else it is a whole number, subtracted from the code.
+        has_offset: their second is added to scale * code; else it is a whole number, the code of zero.
         bias: [out_features], dtype of `x`.
 
     Returns:

@@ -1,16 +1,16 @@
 """Matrix products of 8-bit weights with 8-bit activations, both int8 or both float8 (e4m3).
 
-The tile is transposed as in `linear.py`. A step reads BLOCK_N * BLOCK_K bytes of weights and BLOCK_T * BLOCK_K of
-activations, and does 2 * BLOCK_N * BLOCK_T * BLOCK_K operations. Sums of int8 are exact in int32; those of float8
-are kept in float32, and a tensor core that adds with fewer bits hands over after each step.
+The tile is transposed as in `linear.py`. A step reads BLOCK_N * BLOCK_K bytes of weights and BLOCK_T *
+BLOCK_K of activations, and does 2 * BLOCK_N * BLOCK_T * BLOCK_K operations. Sums of int8 are exact in int32; those of
+float8 are kept in float32, and a tensor core that adds with fewer bits hands over after each step.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from flexjudge_fast.kernels.chips import check_float8
 from flexjudge_fast.kernels.linear import dense_run
+from flexjudge_fast.kernels.quantize_tokens import check_float8
 from flexjudge_fast.kernels.runs import locate_tile, plan_runs, sum_runs
 
 

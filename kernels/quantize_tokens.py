@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flexjudge_fast.kernels.chips import check_float8
+from flexjudge_fast.kernels.chips import INTERPRETER, capability
 from flexjudge_fast.kernels.tiles import tiles
 
 
@@ -17,7 +17,9 @@ def round_codes(values, IS_INT: tl.constexpr):
     if IS_INT:
         return (values + 12582912.0) - 12582912.0  # 1.5 * 2^23: the sum's last bit is worth 1
     # the power of two below the value, 2^-6 at least: the format's 3 bits of mantissa follow it
-    power = (tl.maximum(values.to(tl.int32, bitcast=True) & 0x7F800000, 121 << 23)).to(tl.float32, bitcast=True)
+    power = (tl.maximum(values.to(tl.int32, bitcast=True) & 0x7F800000, 121 << 23)).to(
+        tl.float32, bitcast=True
+    )
     magic = power * 1572864.0  # 1.5 * 2^20
     return (values + magic) - magic
 
@@ -79,3 +81,10 @@ def quantize_tokens(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, 
             **tiles("quantize_tokens"),
         )
     return codes, scales
+
+
+def check_float8(dtype: torch.dtype) -> None:
+    """Raises ValueError where `dtype` is float8_e4m3fn and the device has none (the interpreter has)."""
+    number = capability()
+    if dtype == torch.float8_e4m3fn and INTERPRETER < number < 89:
+        raise ValueError(f"float8 (e4m3) needs sm_89 or later; this device is sm_{number}")

@@ -1,9 +1,9 @@
 """How matrix products cut the reduction over K: into runs that are always added first to last.
 
-A run is a stretch of columns that one accumulator sums in order. Which runs there are follows from the weight's
-shape and the architecture alone; how many programs share them follows from the number of tokens, and changes
-nothing in the bits: few tokens run them side by side into a float32 workspace that a second kernel adds up, many
-tokens run them one after the other in one program.
+A run is a stretch of columns that one accumulator sums in order. Which runs there are follows from the
+weight's shape and the architecture alone; how many programs share them follows from the number of tokens, and
+changes nothing in the bits: few tokens run them side by side into a float32 workspace that a second kernel
+adds up, many tokens run them one after the other in one program.
 """
 
 from collections.abc import Mapping
@@ -41,9 +41,9 @@ class Plan:
 def plan_runs(kernel: str, rows: int, columns: int, weight_bytes: float, num_tokens: int) -> Plan:
     """The plan for `num_tokens` tokens. The runs depend on `rows` and `columns` alone.
 
-    The table's TARGET_PROGRAMS says how many programs fill the chip, MIN_STEPS how short a run may be, MAX_RUNS
-    how many there are at most, and WORKSPACE_PERMILLE how much of the weight's bytes the workspace may move
-    (it is written once and read once) before the runs share a program. Then a tile has two accumulators, and the
+    The table's TARGET_PROGRAMS says how many programs fill the chip, MIN_STEPS how short a run may be,
+    MAX_RUNS how many there are at most, and WORKSPACE_PERMILLE how much of the weight's bytes the workspace
+    may move (it is written once and read once) before the runs share a program. Then a tile has two accumulators, and the
     table's case is `t64_runs` in place of `t64`.
     """
     cut = tiles(kernel)
@@ -71,10 +71,12 @@ def workspace_bytes(num_runs: int, num_tokens: int, rows: int) -> int:
 
 
 @triton.jit
-def locate_tile(num_tokens, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, GROUP_N: tl.constexpr):
+def locate_tile(
+    num_tokens, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, GROUP_N: tl.constexpr
+):
     """Rows and tokens of this program's tile: (offsets [BLOCK_N], offsets [BLOCK_T]).
 
-    Programs that run at the same time share GROUP_N tiles of weight rows and all tokens: their loads hit the L2.
+    Programs that run at the same time share GROUP_N tiles of rows and all tokens: their loads hit the L2.
     """
     program = tl.program_id(0)
     down = tl.cdiv(num_tokens, BLOCK_T)

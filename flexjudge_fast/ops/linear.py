@@ -3,14 +3,34 @@
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from flexjudge_fast.ops.backend import uses_triton
 from flexjudge_fast.ops.dequantize import dequantize
 
 _CHUNK_BYTES = 4 << 20  # expanded weights at once: they are used while they are still in the L2/L3 cache
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`x @ weight.T`. x: [num_tokens, in_features]; weight: [out_features, in_features], same dtype."""
-    return F.linear(x, weight)
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`x @ weight.T + bias`.
+
+    Args:
+        x: [num_tokens, in_features], any float dtype.
+        weight: [out_features, in_features], dtype of `x`.
+        bias: [out_features], dtype of `x`.
+
+    Returns:
+        [num_tokens, out_features], dtype of `x`.
+    """
+    if uses_triton(x):
+        from flexjudge_fast.kernels.linear import linear as kernel
+
+        return kernel(x, weight, bias)
+    return linear_reference(x, weight, bias)
+
+
+def linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The same in plain torch."""
+    out = F.linear(x, weight)
+    return out if bias is None else out + bias
 
 
 def quantized_linear(x: torch.Tensor, blocks: torch.Tensor, format_name: str) -> torch.Tensor:
