@@ -63,10 +63,10 @@ class Decoder:
         """
         residual = self._embed(token_ids, inputs.media)  # [num_tokens, hidden]
         x = self.layers[0].input_norm(residual)
-        cos_sin = self.rotary(inputs.positions, self.dtype)
+        angles = self.rotary(inputs.positions, self.dtype)
         norms = [layer.input_norm for layer in self.layers[1:]] + [self.norm]
         for layer, layer_cache, next_norm in zip(self.layers, cache, norms, strict=True):
-            x = layer.attention(x, cos_sin, layer_cache, inputs)
+            x = layer.attention(x, angles, layer_cache, inputs)
             x, residual = layer.post_norm.add(x, residual)
             x, residual = next_norm.add(layer.mlp(x), residual)
         return x

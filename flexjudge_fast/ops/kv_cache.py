@@ -4,40 +4,43 @@ from collections.abc import Sequence
 
 import torch
 
-_SCALE_BYTES = 4  # a float32, kept behind the int8 codes
+_SCALE_BYTES = 4  # a float32, kept behind the codes
+_LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # the largest code of caches with a byte an element
 
 
 def kv_row_size(head_dim: int, dtype: torch.dtype) -> int:
     """Elements that one token's keys (or values) of one KV head take in a cache of `dtype`."""
-    return head_dim + _SCALE_BYTES if dtype == torch.int8 else head_dim
+    return head_dim + _SCALE_BYTES if dtype in _LIMITS else head_dim
 
 
-def quantize_kv(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What an int8 cache makes of rows [..., head_dim]: symmetric, the largest magnitude becomes 127.
+def quantize_kv(x: torch.Tensor, dtype: torch.dtype = torch.int8) -> tuple[torch.Tensor, torch.Tensor]:
+    """What an 8-bit cache makes of rows [..., head_dim]: symmetric, the largest magnitude becomes 127 in int8,
+    448 in float8_e4m3fn.
 
     Returns:
-        int8 codes [..., head_dim] and float32 scales [..., 1]. A row with NaN or infinity gets the scale NaN.
+        Codes [..., head_dim] in `dtype`, float32 scales [..., 1]. A row with NaN or infinity gets the scale NaN.
     """
     x = x.float()
     largest = x.abs().amax(-1, keepdim=True)
-    limit = torch.full_like(largest, 127.0)  # `127 / largest` would round twice
+    limit = torch.full_like(largest, _LIMITS[dtype])  # `127 / largest` would round twice
     inverse = torch.where(largest >= 1e-30, limit / largest, 0.0)
-    codes = (x * inverse).round().nan_to_num().to(torch.int8)
+    codes = (x * inverse).nan_to_num()
+    codes = codes.round().to(dtype) if dtype == torch.int8 else codes.clamp(-448, 448).to(dtype)
     scales = torch.where(largest >= 1e-30, largest / limit, 0.0)
     return codes, torch.where(x.isfinite().all(-1, keepdim=True), scales, torch.nan)
 
 
 def to_kv_rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Keys or values [..., head_dim] as a cache of `dtype` stores them, [..., row_size]."""
-    if dtype != torch.int8:
+    if dtype not in _LIMITS:
         return x.to(dtype)
-    codes, scales = quantize_kv(x)
-    return torch.cat((codes, scales.view(torch.int8)), -1)
+    codes, scales = quantize_kv(x, dtype)
+    return torch.cat((codes.view(torch.int8), scales.view(torch.int8)), -1).view(dtype)
 
 
 def from_kv_rows(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The keys or values that a cache's rows [..., row_size] stand for, [..., head_dim]."""
-    if rows.dtype != torch.int8:
+    if rows.dtype not in _LIMITS:
         return rows.to(dtype)
     exact = torch.promote_types(dtype, torch.float32)
     codes, scales = rows[..., :-_SCALE_BYTES], rows[..., -_SCALE_BYTES:].contiguous().view(torch.float32)
