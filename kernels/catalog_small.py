@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from flexjudge_fast.kernels.catalog import Launch, ModelShape
+from flexjudge_fast.kernels.embedding import embedding
 from flexjudge_fast.kernels.rms_norm import add_rms_norm, add_rms_norm_quantized, rms_norm, rms_norm_quantized
 from flexjudge_fast.kernels.rotary_kv import rotary_kv
 from flexjudge_fast.kernels.swiglu import swiglu, swiglu_quantized
@@ -23,6 +24,8 @@ def launches(shape: ModelShape, device: str = "meta") -> Iterator[Launch]:
     """
     for tokens in TOKENS:
         yield from _norms(shape, shape.hidden, tokens, device, shape.weights in _EIGHT_BITS)
+        for has_media in (False, True):
+            yield _embedding(shape, tokens, has_media, device)
         yield _swiglu(shape, shape.intermediate, tokens, device, shape.weights)
         for sections in ((), _sections(shape)):
             yield _rotary(shape, tokens, sections, device)
@@ -91,6 +94,18 @@ def _swiglu(shape: ModelShape, size: int, tokens: int, device: str, weights: str
         run = lambda: swiglu_quantized(gate_up, dtype)  # noqa: E731
         return _launch("swiglu", f"{size}, {weights}", run, tokens, num_bytes, flops)
     return _launch("swiglu", str(size), lambda: swiglu(gate_up), tokens, 1.5 * gate_up.nbytes, flops)
+
+
+def _embedding(shape: ModelShape, tokens: int, has_media: bool, device: str) -> Launch:
+    """With media, every other token is one."""
+    table = torch.empty((shape.vocab, shape.hidden), dtype=shape.dtype, device=device)
+    media = _floats((tokens, shape.hidden), shape.dtype, device) if has_media else None
+    ids = torch.arange(tokens, device=device) * 7 % shape.vocab
+    if has_media and device != "meta":
+        ids[::2] = shape.vocab + torch.arange(0, tokens, 2, device=device)
+    num_bytes = 2 * tokens * shape.hidden * shape.dtype.itemsize + ids.nbytes
+    case = "media between" if has_media else "tokens"
+    return _launch("embedding", case, lambda: embedding(ids, table, media), tokens, num_bytes, 0)
 
 
 def _launch(

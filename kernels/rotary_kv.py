@@ -20,10 +20,21 @@ SCALE_BYTES = 4
 
 
 @triton.jit
-def _table_rows(table_ptr, positions_ptr, token, num_tokens, pair, HALF: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr):
-    """[BLOCK_D] of a table: pairs below FIRST and SECOND, and the others, by three rows of positions.
+def _table_rows(
+    table_ptr,
+    positions_ptr,
+    token,
+    num_tokens,
+    pair,  # [BLOCK_H, BLOCK_D]
+    HALF: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+):
+    """Of a table for each head: pairs below FIRST and SECOND, and the others, by three rows of positions.
 
-    A masked load for each row of positions, as pairs that one load takes must be neighbours in memory."""
+    A masked load for each row of positions, as what a load takes must be neighbours in memory. Each head reads
+    the row again, out of the L1, as that costs less than to move it between threads.
+    """
     at = tl.load(positions_ptr + token)
     row = tl.load(table_ptr + at * HALF + pair, mask=pair < FIRST, other=0)
     if FIRST < HALF:
@@ -111,8 +122,9 @@ def _rotary_kv_kernel(
     first = tl.load(ptrs, mask=mask, other=0).to(tl.float32)
     second = tl.load(ptrs + HALF, mask=mask, other=0).to(tl.float32)
     if not is_value:
-        cos = _table_rows(cos_ptr, positions_ptr, token, num_tokens, pair, HALF, FIRST, SECOND)[None, :]
-        sin = _table_rows(sin_ptr, positions_ptr, token, num_tokens, pair, HALF, FIRST, SECOND)[None, :]
+        pairs = pair[None, :] + tl.zeros((BLOCK_H, BLOCK_D), tl.int32)
+        cos = _table_rows(cos_ptr, positions_ptr, token, num_tokens, pairs, HALF, FIRST, SECOND)
+        sin = _table_rows(sin_ptr, positions_ptr, token, num_tokens, pairs, HALF, FIRST, SECOND)
         first, second = first * cos - second * sin, second * cos + first * sin
     if is_query:
         out_ptrs = out_ptr + token * (HEADS * 2 * HALF) + (head * 2 * HALF)[:, None] + pair[None, :]

@@ -16,10 +16,10 @@ from flexjudge_fast.kernels.tiles import tiles
 @triton.jit
 def _gated(gate_up_ptr, token, column, SIZE: tl.constexpr):
     """Columns of one token, rounded to the dtype; 0 past the last."""
-    # Gates past the last are the first of `up`: a mask would cut loads to what divides SIZE.
-    last: tl.constexpr = 2 * SIZE // 16 * 16
+    # Up to 15 gates too many, which are the first of `up`: the mask would cut loads to what divides SIZE.
+    last: tl.constexpr = (SIZE + 15) // 16 * 16 if SIZE >= 16 else SIZE
     row = gate_up_ptr + token * (2 * SIZE)
-    gate = tl.load(row + column, mask=column < (SIZE if SIZE % 16 == 0 else last), other=0).to(tl.float32)
+    gate = tl.load(row + column, mask=column < last, other=0).to(tl.float32)
     up = tl.load(row + SIZE + column, mask=column < SIZE, other=0).to(tl.float32)
     gate = tl.where(column < SIZE, gate, 0.0)
     return (gate / (1.0 + tl.exp(-gate)) * up).to(gate_up_ptr.dtype.element_ty)
