@@ -1,4 +1,4 @@
-"""The small fused kernels and the vision tower's attention: what a model launches of them, and what it costs."""
+"""The small fused kernels and the vision tower's attention: what a model launches, and the cost."""
 
 from collections.abc import Callable, Iterator
 
@@ -8,17 +8,19 @@ from flexjudge_fast.kernels.catalog import Launch, ModelShape
 from flexjudge_fast.kernels.embedding import embedding
 from flexjudge_fast.kernels.rms_norm import add_rms_norm, add_rms_norm_quantized, rms_norm, rms_norm_quantized
 from flexjudge_fast.kernels.rotary_kv import rotary_kv
+from flexjudge_fast.kernels.segment_attention import segment_attention
 from flexjudge_fast.kernels.swiglu import swiglu, swiglu_quantized
 from flexjudge_fast.ops.kv_cache import kv_row_size
 from flexjudge_fast.ops.rotary_kv import RotaryAngles
+from flexjudge_fast.ops.segment_attention import Segments
 
 TOKENS = (1, 16, 512)
-PATCHES = 4096
+PATCHES, WINDOW, FRAME = 4096, 64, 1024
 _EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 def launches(shape: ModelShape, device: str = "meta") -> Iterator[Launch]:
-    """Norms, rotary and cache writes, activations and embeddings of a decoder's step; of a vision tower's layers.
+    """Norms, rotary and cache writes, activations and embeddings of a decoder's step; vision tower's layers.
 
     device: "meta" to compile; "cuda" for tensors that can be run.
     """
@@ -32,11 +34,11 @@ def launches(shape: ModelShape, device: str = "meta") -> Iterator[Launch]:
     if shape.vision_hidden:
         yield from _norms(shape, shape.vision_hidden, PATCHES, device, False)
         yield _swiglu(shape, shape.vision_intermediate, PATCHES, device, "")
+        for name, size in (("windows", WINDOW), ("frames", FRAME)):
+            yield _vision_attention(shape, name, size, device)
 
 
-def _norms(
-    shape: ModelShape, hidden: int, tokens: int, device: str, quantizes: bool
-) -> Iterator[Launch]:
+def _norms(shape: ModelShape, hidden: int, tokens: int, device: str, quantizes: bool) -> Iterator[Launch]:
     """One alone, which a step has once, and one behind the residual addition."""
     x, residual = (_floats((tokens, hidden), shape.dtype, device) for _ in range(2))
     weight = _floats((hidden,), shape.dtype, device)
@@ -54,7 +56,9 @@ def _norms(
         runs["norm"] = (x.nbytes + out, lambda: rms_norm(x, weight, 1e-6))
         runs["add, norm"] = (3 * x.nbytes + out, lambda: add_rms_norm(x, residual, weight, 1e-6))
     for name, (num_bytes, run) in runs.items():
-        yield _launch("rms_norm", f"{name} {hidden}{case}", run, tokens, num_bytes + weight.nbytes, 6.0 * x.numel())
+        yield _launch(
+            "rms_norm", f"{name} {hidden}{case}", run, tokens, num_bytes + weight.nbytes, 6.0 * x.numel()
+        )
 
 
 def _sections(shape: ModelShape) -> tuple[int, ...]:
@@ -106,6 +110,22 @@ def _embedding(shape: ModelShape, tokens: int, has_media: bool, device: str) -> 
     num_bytes = 2 * tokens * shape.hidden * shape.dtype.itemsize + ids.nbytes
     case = "media between" if has_media else "tokens"
     return _launch("embedding", case, lambda: embedding(ids, table, media), tokens, num_bytes, 0)
+
+
+def _vision_attention(shape: ModelShape, name: str, size: int, device: str) -> Launch:
+    """Moved: inputs and results once; programs of a segment read its keys and values again out of the L2."""
+    heads, head_dim = shape.vision_heads, shape.vision_head_dim
+    qkv = _floats((PATCHES, 3, heads, head_dim), shape.dtype, device)
+    cos, sin = (_floats((PATCHES, head_dim // 2), torch.float32, device) for _ in range(2))
+    segments = Segments(torch.arange(0, PATCHES + 1, size, device=device), size)
+    return _launch(
+        "segment_attention",
+        f"{name} of {size}",
+        lambda: segment_attention(qkv, segments, (cos, sin)),
+        PATCHES,
+        qkv.nbytes * 4 / 3 + cos.nbytes + sin.nbytes,
+        4.0 * PATCHES * size * heads * head_dim,
+    )
 
 
 def _launch(

@@ -32,8 +32,8 @@ def _table_rows(
 ):
     """Of a table for each head: pairs below FIRST and SECOND, and the others, by three rows of positions.
 
-    A masked load for each row of positions, as what a load takes must be neighbours in memory. Each head reads
-    the row again, out of the L1, as that costs less than to move it between threads.
+    A masked load for each row of positions, as what a load takes must be neighbours in memory. Each head
+    reads the row again, out of the L1, as that costs less than to move it between threads.
     """
     at = tl.load(positions_ptr + token)
     row = tl.load(table_ptr + at * HALF + pair, mask=pair < FIRST, other=0)

@@ -2,7 +2,7 @@
 
 A program takes BLOCK_M queries of a segment and a head, and runs over its keys BLOCK_N at a time:
 
-    scores [BLOCK_M, BLOCK_N] = first halves q . k + second halves q . k     (pairs (i, i + HALF) turn together)
+    scores [BLOCK_M, BLOCK_N] = first halves q . k + second halves q . k   (pairs i, i + HALF turn together)
     out [BLOCK_M, head_dim] += softmax(scores) . v
 
 What is not a power of two is cut, not padded: a half of 40 into 32 + 8 (multiplied as 16), values of 80 into

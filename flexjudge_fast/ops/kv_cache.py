@@ -14,11 +14,12 @@ def kv_row_size(head_dim: int, dtype: torch.dtype) -> int:
 
 
 def quantize_kv(x: torch.Tensor, dtype: torch.dtype = torch.int8) -> tuple[torch.Tensor, torch.Tensor]:
-    """What an 8-bit cache makes of rows [..., head_dim]: symmetric, the largest magnitude becomes 127 in int8,
-    448 in float8_e4m3fn.
+    """What an 8-bit cache makes of rows [..., head_dim]: symmetric, the largest magnitude becomes 127.
+
+    In float8_e4m3fn it becomes 448.
 
     Returns:
-        Codes [..., head_dim] in `dtype`, float32 scales [..., 1]. A row with NaN or infinity gets the scale NaN.
+        Codes [..., head_dim] and float32 scales [..., 1]. A row with NaN or infinity gets the scale NaN.
     """
     x = x.float()
     largest = x.abs().amax(-1, keepdim=True)

@@ -64,7 +64,7 @@ def rotary_kv(
 def rotary_kv_reference(
     qkv: torch.Tensor, angles: RotaryAngles, cache: torch.Tensor, slot_mapping: torch.Tensor
 ) -> torch.Tensor:
-    """The same in plain torch, with cos and sin rounded to the model's dtype, into rows as `write_kv` has them."""
+    """The same in plain torch: cos and sin are rounded to the model's dtype, rows stored as by `write_kv`."""
     num_kv_heads = cache.shape[3]
     query, key, value = qkv.tensor_split((-2 * num_kv_heads, -num_kv_heads), dim=1)
     write_kv(rotary_embedding(key, *angles.cos_sin), value, cache, slot_mapping)

@@ -1,4 +1,4 @@
-"""Rotary embedding and cache writes against float64, for every kind of cache; slots that no token has stay."""
+"""Rotary embedding and cache writes against float64, for every kind of cache; unused slots stay."""
 
 import os
 from collections.abc import Iterator
@@ -64,7 +64,7 @@ class Case:
         return rotary_embedding(query, cos, sin), torch.stack((rotary_embedding(key, cos, sin), value))
 
     def split(self, cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """8-bit blocks: codes [2, num_slots, num_kv_heads, head_dim] and scales [2, num_slots, num_kv_heads]."""
+        """8-bit blocks: codes [2, num_slots, num_kv_heads, head_dim], scales [2, num_slots, num_kv_heads]."""
         head_dim, rows = self.qkv.shape[2], self.block_size * self.num_kv_heads
         flat = cache.view(torch.uint8).view(2, self.num_blocks, -1)
         codes = flat[..., : rows * head_dim].contiguous().view(self.cache_dtype)
@@ -94,7 +94,9 @@ def _cases(part: int) -> Iterator[Case]:
         positions = torch.randint(MAX_LEN, rows, generator=g)
         slots = torch.randperm(num_blocks * block_size, generator=g)[:tokens]
         slots[torch.rand(tokens, generator=g) < 0.1] = -1
-        qkv = torch.randn(tokens, num_heads + 2 * num_kv_heads, head_dim, generator=g) * 10.0 ** pick(-2, 0, 1)
+        qkv = torch.randn(tokens, num_heads + 2 * num_kv_heads, head_dim, generator=g) * 10.0 ** pick(
+            -2, 0, 1
+        )
         qkv[torch.rand(qkv.shape[:2], generator=g) < 0.05] = 0
         cache_dtype = (*FLOATS, *CODES)[seed // NUM_PARTS % 5]
         yield Case(
