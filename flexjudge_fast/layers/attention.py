@@ -6,9 +6,8 @@ import torch
 
 from flexjudge_fast.layers.linear import Linear
 from flexjudge_fast.ops.attention_plan import AttentionPlan
-from flexjudge_fast.ops.kv_cache import write_kv
 from flexjudge_fast.ops.paged_attention import paged_attention
-from flexjudge_fast.ops.rotary_embedding import rotary_embedding
+from flexjudge_fast.ops.rotary_kv import RotaryAngles, rotary_kv
 
 
 @dataclass(frozen=True)
@@ -38,16 +37,14 @@ class Attention:
     def __call__(
         self,
         x: torch.Tensor,
-        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        angles: RotaryAngles,
         cache: torch.Tensor,
         inputs: AttentionInput,
     ) -> torch.Tensor:
         """x: [num_tokens, hidden]; cache: one layer's [2, num_blocks, block_size, num_kv_heads, row_size]."""
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [num_tokens, q + k + v heads, head_dim]
-        query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        write_kv(rotary_embedding(key, *cos_sin), value, cache, inputs.slot_mapping)
         attended = paged_attention(
-            rotary_embedding(query, *cos_sin),
+            rotary_kv(heads, angles, cache, inputs.slot_mapping),
             cache,
             inputs.block_tables,
             inputs.query_start,

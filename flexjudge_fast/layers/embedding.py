@@ -13,8 +13,13 @@ class Embedding:
         self.weight = weight
         self.dtype = dtype
 
-    def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """token_ids: [num_tokens] int64. Returns [num_tokens, hidden] in the model's dtype."""
+    def __call__(self, token_ids: torch.Tensor, media: torch.Tensor | None = None) -> torch.Tensor:
+        """Look up rows.
+
+        token_ids: [num_tokens] int64; with media, those from vocab_size on are rows of `media`
+            [num_media, hidden]. Returns [num_tokens, hidden] in the model's dtype.
+        """
         if isinstance(self.weight, QuantTensor):
-            return quantized_embedding(token_ids, self.weight.blocks, self.weight.format.name, self.dtype)
-        return embedding(token_ids, self.weight.data)
+            blocks, name = self.weight.blocks, self.weight.format.name
+            return quantized_embedding(token_ids, blocks, name, self.dtype, media)
+        return embedding(token_ids, self.weight.data, media)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from flexjudge_fast.errors import UnsupportedCheckpointError
+from flexjudge_fast.ops.rotary_kv import RotaryAngles
 
 
 @dataclass(frozen=True)
@@ -41,19 +42,12 @@ class Rotary:
         self.cos = (angles.cos() * attention_factor).to(device)
         self.sin = (angles.sin() * attention_factor).to(device)
 
-    def __call__(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin, [num_tokens, head_dim / 2] each, in `dtype`.
+    def __call__(self, positions: torch.Tensor, dtype: torch.dtype) -> RotaryAngles:
+        """How far the tokens of a step turn, in a model of `dtype`.
 
         positions: [num_tokens] int64; with sections [3, num_tokens] (M-RoPE, Wang et al. 2024, section 2.1).
         """
-        if not self.sections:
-            return self.cos[positions].to(dtype), self.sin[positions].to(dtype)
-        return self._sectioned(self.cos, positions).to(dtype), self._sectioned(self.sin, positions).to(dtype)
-
-    def _sectioned(self, table: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Each section of the pairs by its own row of positions."""
-        parts = table.split(self.sections, dim=1)
-        return torch.cat([part[row] for part, row in zip(parts, positions, strict=True)], dim=1)
+        return RotaryAngles(self.cos, self.sin, positions, self.sections, dtype)
 
 
 def rope_frequencies(config: RopeConfig) -> tuple[torch.Tensor, float]:

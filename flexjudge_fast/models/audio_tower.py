@@ -10,7 +10,7 @@ from flexjudge_fast.layers.linear import Linear
 from flexjudge_fast.layers.norm import LayerNorm
 from flexjudge_fast.models.audio_config import AudioConfig
 from flexjudge_fast.models.loader import TensorLoader
-from flexjudge_fast.ops.segment_attention import segment_attention
+from flexjudge_fast.ops.segment_attention import Segments, segment_attention
 from flexjudge_fast.weights.tensor import DenseTensor
 
 NORM_EPS = 1e-5  # not in config.json
@@ -57,8 +57,9 @@ class AudioTower:
         """
         windows, starts = cut_windows(features, self.config.window)
         x = torch.cat([self._embed(window.to(self.device, self.dtype)) for window in windows])
+        segments = Segments.at(starts, self.device)
         for layer in self.layers:
-            x = x + self._attend(layer, layer.input_norm(x), starts)
+            x = x + self._attend(layer, layer.input_norm(x), segments)
             x = x + layer.down(F.gelu(layer.up(layer.post_norm(x))))
         out: torch.Tensor = self.proj(self.post_norm(pool_pairs(x, features)))
         return out
@@ -66,10 +67,10 @@ class AudioTower:
     def _embed(self, window: torch.Tensor) -> torch.Tensor:
         return embed_window(window, self.conv1, self.conv2, self.positions)
 
-    def _attend(self, layer: AudioLayer, x: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    def _attend(self, layer: AudioLayer, x: torch.Tensor, segments: Segments) -> torch.Tensor:
         """x: [num_tokens, hidden]."""
-        query, key, value = layer.qkv(x).unflatten(-1, (3, self.config.num_heads, -1)).unbind(1)
-        out: torch.Tensor = layer.out(segment_attention(query, key, value, starts).flatten(1))
+        heads = layer.qkv(x).unflatten(-1, (3, self.config.num_heads, -1))
+        out: torch.Tensor = layer.out(segment_attention(heads, segments).flatten(1))
         return out
 
 

@@ -61,23 +61,15 @@ class Decoder:
         Returns:
             [num_tokens, hidden], after the final norm.
         """
-        residual = self._embed(token_ids, inputs.media)  # [num_tokens, hidden]
+        residual = self.embed(token_ids, inputs.media)  # [num_tokens, hidden]
         x = self.layers[0].input_norm(residual)
-        cos_sin = self.rotary(inputs.positions, self.dtype)
+        angles = self.rotary(inputs.positions, self.dtype)
         norms = [layer.input_norm for layer in self.layers[1:]] + [self.norm]
         for layer, layer_cache, next_norm in zip(self.layers, cache, norms, strict=True):
-            x = layer.attention(x, cos_sin, layer_cache, inputs)
+            x = layer.attention(x, angles, layer_cache, inputs)
             x, residual = layer.post_norm.add(x, residual)
             x, residual = next_norm.add(layer.mlp(x), residual)
         return x
-
-    def _embed(self, token_ids: torch.Tensor, media: torch.Tensor | None) -> torch.Tensor:
-        if media is None:
-            return self.embed(token_ids)
-        is_media = token_ids >= self.config.vocab_size
-        out = self.embed(token_ids.masked_fill(is_media, 0))
-        out[is_media] = media[token_ids[is_media] - self.config.vocab_size].to(out.dtype)
-        return out
 
     def step(
         self, token_ids: torch.Tensor, inputs: AttentionInput, cache: torch.Tensor, logit_rows: torch.Tensor

@@ -12,8 +12,7 @@ from flexjudge_fast.layers.norm import RMSNorm
 from flexjudge_fast.models.loader import TensorLoader
 from flexjudge_fast.models.vision_config import VisionConfig
 from flexjudge_fast.models.vision_layout import Grid, VisionLayout, lay_out
-from flexjudge_fast.ops.rotary_embedding import rotary_embedding
-from flexjudge_fast.ops.segment_attention import segment_attention
+from flexjudge_fast.ops.segment_attention import Segments, segment_attention
 from flexjudge_fast.weights.tensor import DenseTensor
 
 NORM_EPS = 1e-6  # not in config.json
@@ -70,9 +69,10 @@ class VisionTower:
     def _run(self, patches: torch.Tensor, layout: VisionLayout) -> torch.Tensor:
         cos_sin = (layout.cos.to(self.device), layout.sin.to(self.device))
         residual = self.patch_embed(patches)  # [num_patches, hidden]
+        frames, windows = (Segments.at(start, self.device) for start in (layout.frames, layout.windows))
         for layer in self.layers:
-            start = layout.frames if layer.is_full else layout.windows
-            residual = residual + self._attend(layer, layer.input_norm(residual), cos_sin, start)
+            segments = frames if layer.is_full else windows
+            residual = residual + self._attend(layer, layer.input_norm(residual), cos_sin, segments)
             residual = residual + layer.mlp(layer.post_norm(residual))
         x = self.merge_norm(residual).unflatten(0, (-1, self.config.merged_patches)).flatten(1)
         embeddings: torch.Tensor = self.merge_out(F.gelu(self.merge_in(x)))
@@ -83,13 +83,11 @@ class VisionTower:
         layer: VisionLayer,
         x: torch.Tensor,
         cos_sin: tuple[torch.Tensor, torch.Tensor],
-        start: torch.Tensor,
+        segments: Segments,
     ) -> torch.Tensor:
         """x: [num_patches, hidden]."""
         heads = layer.qkv(x).unflatten(-1, (3, self.config.num_heads, -1))
-        query, key, value = heads.unbind(1)  # [num_patches, num_heads, head_dim] each
-        query, key = (rotary_embedding(part.float(), *cos_sin).to(x.dtype) for part in (query, key))
-        out: torch.Tensor = layer.out(segment_attention(query, key, value, start).flatten(1))
+        out: torch.Tensor = layer.out(segment_attention(heads, segments, cos_sin).flatten(1))
         return out
 
 
