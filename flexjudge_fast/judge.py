@@ -90,6 +90,8 @@ class Judge:
         quantization: str | None = None,
         template: str | Path | None = None,
         ignore_config: Sequence[str] = (),
+        judge_backbone: str | Path | None = None,
+        base_llm: str | Path | None = None,
         **limits: Any,
     ) -> "Judge":
         """Load a judge.
@@ -97,9 +99,12 @@ class Judge:
         Args:
             model: a Hugging Face folder, a hub id, or a `.gguf` file.
             template: a TOML file with the wording of the prompts; the built-in one when `None`.
-            device, dtype, quantization, ignore_config, limits: see `Engine.from_pretrained`.
+            device, dtype, quantization, ignore_config, judge_backbone, base_llm, limits: see `Engine.from_pretrained`.
         """
-        engine = Engine.from_pretrained(model, device, dtype, quantization, ignore_config, **limits)
+        backbones = (judge_backbone, base_llm)
+        engine = Engine.from_pretrained(
+            model, device, dtype, quantization, ignore_config, *backbones, **limits
+        )
         return cls(engine, template)
 
     def score(
