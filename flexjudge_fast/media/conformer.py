@@ -24,8 +24,13 @@ def place_atoms(mol: Any, limits: MoleculeLimits) -> NDArray[np.float64]:
     """
     whole = Chem.AddHs(mol)
     limits.check_atoms(0, whole.GetNumAtoms())
-    if not any(_embed(whole, limits, *how) for how in ((False, True), (True, True), (True, False))):
-        raise MediaError(f"its atoms cannot be placed in space, in 3 x {limits.max_attempts} attempts")
+    ways = [(False, True), (True, True)]
+    if len(Chem.GetMolFrags(whole)) > 1:
+        ways.append((True, False))
+    if not any(_embed(whole, limits, *way) for way in ways):
+        raise MediaError(
+            f"its atoms cannot be placed in space, in {len(ways)} x {limits.max_attempts} attempts"
+        )
     if rdForceFieldHelpers.MMFFHasAllMoleculeParams(whole):
         rdForceFieldHelpers.MMFFOptimizeMolecule(whole)
     elif rdForceFieldHelpers.UFFHasAllMoleculeParams(whole):

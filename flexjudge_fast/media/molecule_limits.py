@@ -22,7 +22,7 @@ class MoleculeLimits:
 
     max_bytes: int = 1 << 18
     max_atoms: int = 512
-    max_attempts: int = 200
+    max_attempts: int = 50
     max_memory_bytes: int = 512 << 20
     parse_timeout: float = 0.8
     timeout: float = 30.0

@@ -1,7 +1,7 @@
-"""Chat messages as Mol-LLaMA's training writes them (Kim et al. 2025), whose tokenizer brings no template.
+"""Chat messages as Mol-LLaMA's training (Kim et al. 2025) wrote them.
 
-A tokenizer may bring the template of the Llama that it was made from, which adds a date and more; the training
-has not used it. Each message is encoded by itself, and the begin of text belongs to the system message.
+Its tokenizer may bring the template of the Llama it was made from, which adds a date and more; the training
+has not used that. Each message is encoded by itself, and the begin of text belongs to the system message.
 """
 
 from collections.abc import Collection, Sequence
@@ -16,7 +16,7 @@ _END = "<|eot_id|>"
 
 
 class MolLlamaTemplate:
-    """`render(messages)` as `ChatTemplate` does. Llama 3's format, or Llama 2's if its tokens are not there."""
+    """`render(messages)` as in `ChatTemplate`, in Llama 3's format; in Llama 2's without Llama 3's tokens."""
 
     def __init__(self, control_tokens: Collection[str]) -> None:
         self._is_llama3 = "<|start_header_id|>" in control_tokens
