@@ -51,7 +51,7 @@ def load_media(
     hearing = None if audio is None else load_audio(checkpoint, audio, decoder, dtype, device, num_threads)
     tower = load_vision(checkpoint, vision, decoder, dtype, device, num_threads)
     # What embeddings depend on beside the medium; the media's keys hold the processors' settings.
-    salt = f"{dtype} {isa()} {vision} {audio}"
+    salt = f"{dtype} {isa(device)} {vision} {audio}"
     return MediaParts(
         MediaInput(vision, audio),
         MediaReader(sees, hears),
