@@ -86,9 +86,11 @@ class HostPlan:
 
     def to(self, device: torch.device | str) -> AttentionPlan:
         """One copy to the device."""
-        buffer = torch.from_numpy(self.buffer).to(device, non_blocking=True)  # at once, if it is pinned
-        lists = buffer.split(self.lengths)
-        return AttentionPlan(buffer, *lists, self.group, self.decode_rows, self.prefill_rows)
+        buffer = torch.from_numpy(self.buffer).to(device, non_blocking=True)
+        items, order, merges, tiles = buffer.split(self.lengths)
+        return AttentionPlan(
+            buffer, items, order, merges, tiles, self.group, self.decode_rows, self.prefill_rows
+        )
 
 
 @dataclass(frozen=True)
@@ -158,8 +160,8 @@ def plan_attention(
         items, order = (np.pad(x, ((0, max_items - len(x)), (0, 0))) for x in (items, order))
     tiles = _prefill_tiles(starts, lens, new, prefill_rows // group)
     lists = (items, order, merges, tiles)
-    a, b, c, d = map(len, lists)
-    return HostPlan(np.concatenate(lists).astype(np.int32), (a, b, c, d), group, rows_per_tile, prefill_rows)
+    lengths = (len(items), len(order), len(merges), len(tiles))
+    return HostPlan(np.concatenate(lists).astype(np.int32), lengths, group, rows_per_tile, prefill_rows)
 
 
 def _decode_lists(

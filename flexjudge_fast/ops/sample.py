@@ -75,8 +75,8 @@ def sample_on_device(
 ) -> torch.Tensor:
     """`sample_tokens` for draws that each have banned ids of their own; the tokens stay where the logits are.
 
-    A row with NaN gives any token. On a GPU nothing is waited for, and sums are in float32: a draw within a millionth of the border between
-    two tokens may fall to the other.
+    A row with NaN gives any token. On a GPU nothing is waited for, and sums are in float32: a draw within a
+    millionth of the border between two tokens may fall to the other.
 
     Returns:
         [num_draws] int64.
