@@ -45,7 +45,9 @@ def _load_rows(
         mask = mask & (d < HEAD_DIM)[None, :]
     x = tl.load(base + rows[:, None] + d[None, :], mask=mask, other=0)
     if KV == "int8" or KV == "fp8":
-        return _widen(x, dtype, KV)
+        # The sum over one element does nothing but stay here: else the compiler would move the operand's
+        # layout up to the bytes, which then cross shared memory one by one, and load 64 bits at a time.
+        return tl.sum(_widen(x, dtype, KV)[None, :, :], 0)
     return x.to(dtype)
 
 
