@@ -101,7 +101,7 @@ def test_loads_are_those_of_the_catalog(cache, shares, monkeypatch):
     paged_attention(case.query, stored, case.block_tables, case.starts, lens, case.scale, plan.to("cpu"))
     expected = decode_bytes(shape, plan)
     assert {name: counts[name] for name in ("cache", "query")} == {n: expected[n] for n in ("cache", "query")}
-    read_once = sum(context_lens) - (3 * 256 + 256 if shares else 0)  # 256 by four, 256 more by two
+    read_once = sum(context_lens) - (3 * 256 if shares else 0)  # the first chunk, by four
     assert counts["cache"] == 2 * read_once * 2 * case.cache.shape[-1] * case.cache.element_size()
 
 
