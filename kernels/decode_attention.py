@@ -45,6 +45,7 @@ def _decode_attention_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
     SUM_BY_DOT: tl.constexpr,
+    WIDEN_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     GROUP: tl.constexpr = HEADS // KV_HEADS
@@ -64,7 +65,7 @@ def _decode_attention_kernel(
     # A chunk that sequences share lies within each of their contexts.
     m, l, acc = attend_chunk(  # noqa: E741
         q, keys_ptr, values_ptr, table_ptr, visible, start, tl.max(visible, 0), kv_head, scale,
-        BLOCK_SIZE, KV_HEADS, HEAD_DIM, KV, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, SUM_BY_DOT,
+        BLOCK_SIZE, KV_HEADS, HEAD_DIM, KV, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, SUM_BY_DOT, WIDEN_FIRST,
     )  # fmt: skip
     # As in prefill, the rows again, by way of a number that only the device knows to be 0.
     row = tl.arange(0, BLOCK_M) + (tl.load(item_ptr + 1, volatile=True) >> 16)
