@@ -14,7 +14,7 @@ from flexjudge_fast.errors import (
     UnsupportedCheckpointError,
     UnsupportedMediaError,
 )
-from flexjudge_fast.verdict import Verdict, Vote
+from flexjudge_fast.verdict import BestOf, Verdict, Vote
 
 if TYPE_CHECKING:
     from flexjudge_fast.engine.engine import Engine
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BestOf",
     "CheckpointError",
     "Engine",
     "EngineStateError",

@@ -13,6 +13,7 @@ import typer
 from flexjudge_fast.cli_options import (
     AsJson,
     Audios,
+    Backbone,
     Fps,
     Hear,
     Images,
@@ -29,6 +30,7 @@ from flexjudge_fast.cli_options import (
     Rubric,
     ScaleText,
     Seed,
+    Smiles,
     Temperature,
     ThinkTokens,
     Videos,
@@ -53,6 +55,7 @@ class _Call:
     model: str
     as_json: bool
     options: dict[str, Any]
+    judge_backbone: str | None = None
 
 
 @app.command()
@@ -60,6 +63,7 @@ def score(
     instruction: Instruction,
     response: Annotated[Optional[str], typer.Argument(help="The answer.")] = None,  # noqa: UP045
     model: Model = "",
+    judge_backbone: Backbone = None,
     as_json: AsJson = False,
     rubric: Rubric = None,
     scale: ScaleText = None,
@@ -70,6 +74,7 @@ def score(
     image: Images = None,
     video: Videos = None,
     audio: Audios = None,
+    smiles: Smiles = None,
     response_image: ResponseImages = None,
     response_video: ResponseVideos = None,
     response_audio: ResponseAudios = None,
@@ -82,7 +87,10 @@ def score(
     """Score one response."""
     options = _checked(judgement_options, locals())
     _judge_one(
-        "score", instruction, [response] if response is not None else [], _Call(model, as_json, options)
+        "score",
+        instruction,
+        [response] if response is not None else [],
+        _Call(model, as_json, options, judge_backbone),
     )
 
 
@@ -93,6 +101,7 @@ def _command_for(kind: str, text: str) -> None:
         instruction: Instruction,
         responses: Responses = None,
         model: Model = "",
+        judge_backbone: Backbone = None,
         as_json: AsJson = False,
         rubric: Rubric = None,
         scale: ScaleText = None,
@@ -104,6 +113,7 @@ def _command_for(kind: str, text: str) -> None:
         image: Images = None,
         video: Videos = None,
         audio: Audios = None,
+        smiles: Smiles = None,
         response_image: ResponseImages = None,
         response_video: ResponseVideos = None,
         response_audio: ResponseAudios = None,
@@ -114,7 +124,7 @@ def _command_for(kind: str, text: str) -> None:
         allow_remote: Remote = False,
     ) -> None:
         options = _checked(judgement_options, locals())
-        _judge_one(kind, instruction, responses or [], _Call(model, as_json, options))
+        _judge_one(kind, instruction, responses or [], _Call(model, as_json, options, judge_backbone))
 
     app.command({"pair": "compare", "rank": "rank", "choice": "choose"}[kind], help=text)(command)
 
@@ -131,6 +141,7 @@ def run(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the verdicts go, one JSON line each.")],
     model: Model = "",
+    judge_backbone: Backbone = None,
     as_json: AsJson = False,
     rubric: Rubric = None,
     scale: ScaleText = None,
@@ -154,7 +165,7 @@ def run(
     todo = [i for i in range(len(lines)) if i not in done]
     failed = 0
     try:
-        judge = _load(model)
+        judge = _load(model, judge_backbone)
         with out.open("a" if resume else "w", encoding="utf-8") as sink:
             for verdict in _verdicts(judge, [lines[i] for i in todo], todo, options, progress=not as_json):
                 line = json.dumps(verdict.to_dict(), ensure_ascii=False)
@@ -182,9 +193,9 @@ def info(
     """What a checkpoint holds, and whether it can be loaded. Reads no weights."""
     try:
         from flexjudge_fast.models.config import model_config, read_decoder_config
-        from flexjudge_fast.weights.checkpoint import open_checkpoint
+        from flexjudge_fast.models.registry import open_model
 
-        checkpoint = open_checkpoint(model or default_model())
+        checkpoint = open_model(model or default_model())
         run_config = model_config(checkpoint.config)
         config = read_decoder_config(run_config)
         facts = {
@@ -213,6 +224,7 @@ def _reads(config: dict[str, Any]) -> str:
     kinds = ["text"]
     kinds += [] if read_vision_config(config) is None else ["image", "video"]
     kinds += [] if read_audio_config(config) is None else ["audio"]
+    kinds += ["molecule"] if config.get("architectures") == ["MolLLaMA"] else []
     return ", ".join(kinds)
 
 
@@ -260,7 +272,7 @@ def _judge_one(kind: str, instruction: str, texts: list[str], call: _Call) -> No
         judgement = Judgement.from_dict(
             {"kind": kind, "instruction": instruction, "responses": responses, **call.options}
         )
-        judge = _load(call.model)
+        judge = _load(call.model, call.judge_backbone)
         (verdict,) = judge.run([judgement])
     except (FlexJudgeError, OSError) as error:
         _fail(error)
@@ -321,10 +333,10 @@ def _finished(out: Path) -> set[int]:
     return done
 
 
-def _load(model: str) -> "Judge":
+def _load(model: str, judge_backbone: str | None = None) -> "Judge":
     from flexjudge_fast.judge import Judge
 
-    return Judge.from_pretrained(model or default_model())
+    return Judge.from_pretrained(model or default_model(), judge_backbone=judge_backbone)
 
 
 def default_model() -> str:

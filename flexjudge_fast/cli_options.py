@@ -28,6 +28,11 @@ ThinkTokens = Annotated[
 Images = Annotated[Optional[list[str]], typer.Option("--image", help="An image of the question; repeatable.")]  # noqa: UP045
 Videos = Annotated[Optional[list[str]], typer.Option("--video", help="A video of the question; repeatable.")]  # noqa: UP045
 Audios = Annotated[list[str] | None, typer.Option("--audio", help="A recording of the question; repeatable.")]
+Smiles = Annotated[list[str] | None, typer.Option("--smiles", help="A molecule of the question; repeatable.")]
+Backbone = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--judge-backbone", help="Of a Mol-LLaMA: the Llama that judges in place of its own."),
+]
 ResponseAudios = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option(
@@ -63,6 +68,8 @@ def judgement_options(given: dict[str, Any]) -> dict[str, Any]:
     for name in ("image", "video", "audio"):
         if given.get(name):
             options[name + "s"] = given[name]
+    if given.get("smiles"):
+        options["molecules"] = given["smiles"]
     if given.get("use_audio_in_video"):
         options["use_audio_in_video"] = True
     if given.get("allow_remote"):

@@ -19,8 +19,8 @@ from flexjudge_fast.prompts.formats import Kind
 from flexjudge_fast.prompts.grammar import AnswerGrammar
 from flexjudge_fast.prompts.judgement import Judgement, Response
 from flexjudge_fast.prompts.templates import PromptTemplate, load_template
-from flexjudge_fast.tally import read_vote, tally
-from flexjudge_fast.verdict import Provenance, Usage, Verdict, VerdictTimings
+from flexjudge_fast.tally import best_of, read_vote, tally
+from flexjudge_fast.verdict import BestOf, Provenance, Usage, Verdict, VerdictTimings
 
 ResponseLike = str | Response
 Stream = Callable[["TextEvent"], None]
@@ -90,6 +90,8 @@ class Judge:
         quantization: str | None = None,
         template: str | Path | None = None,
         ignore_config: Sequence[str] = (),
+        judge_backbone: str | Path | None = None,
+        base_llm: str | Path | None = None,
         **limits: Any,
     ) -> "Judge":
         """Load a judge.
@@ -97,9 +99,13 @@ class Judge:
         Args:
             model: a Hugging Face folder, a hub id, or a `.gguf` file.
             template: a TOML file with the wording of the prompts; the built-in one when `None`.
-            device, dtype, quantization, ignore_config, limits: see `Engine.from_pretrained`.
+            device, dtype, quantization, ignore_config, limits, and judge_backbone and base_llm of a Mol-LLaMA:
+                see `Engine.from_pretrained`.
         """
-        engine = Engine.from_pretrained(model, device, dtype, quantization, ignore_config, **limits)
+        backbones = (judge_backbone, base_llm)
+        engine = Engine.from_pretrained(
+            model, device, dtype, quantization, ignore_config, *backbones, **limits
+        )
         return cls(engine, template)
 
     def score(
@@ -141,6 +147,29 @@ class Judge:
         """Choose between two responses: either is better, both are good, or both are bad."""
         return self._one("choice", instruction, responses, options, stream)
 
+    def best_of(
+        self,
+        instruction: str,
+        responses: Sequence[ResponseLike],
+        *,
+        stream: Stream | None = None,
+        **options: Any,
+    ) -> BestOf:
+        """Score each response by itself, from 1.0 to 10.0 unless `scale` says else, and name the best.
+
+        A response that cannot be judged has no score; only if that is so for all, an error is raised.
+        """
+        if isinstance(responses, str) or not isinstance(responses, Sequence) or not responses:
+            raise InvalidArgumentError("responses: a list of at least one response is expected")
+        options.setdefault("scale", (1.0, 10.0))
+        _check_options(options, stream)
+        items = [Judgement("score", instruction, (response,), **options) for response in responses]
+        errors: list[Exception] = []
+        found = sorted(self._verdicts(items, stream, errors.append), key=lambda verdict: verdict.index)
+        if len(errors) == len(items):
+            raise errors[0]
+        return best_of(found)
+
     def run(
         self,
         judgements: Iterable[Judgement],
@@ -169,21 +198,18 @@ class Judge:
         options: dict[str, Any],
         stream: Stream | None,
     ) -> Verdict:
-        if stream is not None and not callable(stream):
-            raise InvalidArgumentError(
-                f"stream={stream!r}: a function is expected, it gets a TextEvent at a time"
-            )
-        for name in options:
-            if name not in Judgement.__dataclass_fields__:
-                known = ", ".join(Judgement.__dataclass_fields__)
-                raise InvalidArgumentError(f"unknown argument {name!r}; known are: {known}")
+        _check_options(options, stream)
         judgement = Judgement(kind, instruction, responses, **options)
-        (verdict,) = self._verdicts([judgement], stream, reraise=True)
+        (verdict,) = self._verdicts([judgement], stream, _raise)
         return verdict
 
     def _verdicts(
-        self, judgements: Iterable[Judgement], stream: Stream | None, reraise: bool = False
+        self,
+        judgements: Iterable[Judgement],
+        stream: Stream | None,
+        on_error: Callable[[Exception], None] | None = None,
     ) -> Iterator[Verdict]:
+        """on_error: is called with what went wrong, before the verdict that says so."""
         places: dict[int, tuple[_Open, int]] = {}  # engine input index to judgement and order
 
         def inputs() -> Iterator[EngineInput | Exception | Future[AnyMedia]]:
@@ -210,7 +236,7 @@ class Judge:
                 opened, place = places.pop(output.index)
                 opened.outputs[place] = output
                 if len(opened.outputs) == len(opened.orders):
-                    yield self._verdict(opened, reraise)
+                    yield self._verdict(opened, on_error)
         finally:
             outputs.close()  # type: ignore[attr-defined]
 
@@ -278,13 +304,13 @@ class Judge:
             self._templates[key] = load_template(judgement.template)
         return self._templates[key]
 
-    def _verdict(self, opened: _Open, reraise: bool) -> Verdict:
+    def _verdict(self, opened: _Open, on_error: Callable[[Exception], None] | None) -> Verdict:
         judgement = opened.judgement
         outputs = [opened.outputs[i] for i in range(len(opened.orders))]
         for output in outputs:
             if output.error is not None:
-                if reraise:
-                    raise output.error
+                if on_error is not None:
+                    on_error(output.error)
                 return _error_verdict(judgement, opened.index, output.error)
         votes = [
             read_vote(completion, judgement.format, order, judgement.guided == "on")
@@ -301,6 +327,21 @@ class Judge:
         known = self.engine.provenance
         provenance = Provenance(template=opened.template.label, seed=judgement.seed, **known)
         return tally(judgement, votes, usage, _timings(completions), provenance, opened.index)
+
+
+def _check_options(options: Mapping[str, Any], stream: Stream | None) -> None:
+    if stream is not None and not callable(stream):
+        raise InvalidArgumentError(
+            f"stream={stream!r}: a function is expected, it gets a TextEvent at a time"
+        )
+    for name in options:
+        if name not in Judgement.__dataclass_fields__:
+            known = ", ".join(Judgement.__dataclass_fields__)
+            raise InvalidArgumentError(f"unknown argument {name!r}; known are: {known}")
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def _orders(judgement: Judgement, media: Mapping[str, AnyMedia]) -> list[tuple[int, ...]]:

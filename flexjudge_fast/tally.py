@@ -7,7 +7,7 @@ from typing import TypeVar
 from flexjudge_fast.engine.completion import Completion
 from flexjudge_fast.prompts.formats import Answer, AnswerFormat
 from flexjudge_fast.prompts.judgement import Judgement
-from flexjudge_fast.verdict import Provenance, Usage, Verdict, VerdictTimings, Vote, Winner
+from flexjudge_fast.verdict import BestOf, Provenance, Usage, Verdict, VerdictTimings, Vote, Winner
 
 T = TypeVar("T")
 TIES = ("A=B=Good", "A=B=Bad")
@@ -117,6 +117,14 @@ def tally(
         order_consistent=_order_consistent(answered) if judgement.order == "both" else None,
         **common,  # type: ignore[arg-type]
     )
+
+
+def best_of(verdicts: Sequence[Verdict]) -> BestOf:
+    """The best of responses that were scored one by one, by expected score; equal ones tie."""
+    scores = tuple(v.expected_scores[0] if v.expected_scores else None for v in verdicts)
+    known = [score for score in scores if score is not None]
+    tied = tuple(i for i, score in enumerate(scores) if known and score == max(known))
+    return BestOf(tied[0] if tied else None, tied, scores, tuple(verdicts))
 
 
 def _mean_scores(rows: Sequence[tuple[float, ...] | None]) -> tuple[float, ...] | None:

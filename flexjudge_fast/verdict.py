@@ -144,6 +144,30 @@ class Verdict:
         return f"<table>{cells}</table>"
 
 
+@dataclass(frozen=True)
+class BestOf:
+    """The best of several responses, each scored by itself.
+
+    `best` is the first of `tied`, all responses whose expected score is the highest; `None` if none has a
+    score. `scores` are the expected scores, `None` where a response has none; `verdicts` say why.
+    """
+
+    best: int | None
+    tied: tuple[int, ...]
+    scores: tuple[float | None, ...]
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def is_tie(self) -> bool:
+        return len(self.tied) > 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, numbers and strings."""
+        plain = _plain(asdict(self))
+        assert isinstance(plain, dict)
+        return plain
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}

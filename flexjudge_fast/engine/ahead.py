@@ -143,7 +143,7 @@ def free_draw(request: Request) -> tuple[int, ...] | None:
     if request.samples > 1 or request.probe is not None or request.all_logits:
         return None
     if grammar is None:
-        return () if request.params.logprobs is None else None
+        return request.masked if request.params.logprobs is None else None
     if grammar.slot_start() is not None or grammar.allowed() is not None or grammar.forced():
         return None
     return grammar.banned()

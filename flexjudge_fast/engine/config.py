@@ -34,6 +34,7 @@ class EngineConfig:
         encoder_cache_dir: a folder where embeddings are kept beyond the process; none when `None`.
         encoder_cache_disk: the most that folder may hold, as bytes or a string.
         max_encoder_patches: patches that are encoded at once; it bounds the memory of a pass.
+        conformer_timeout: seconds that placing a molecule's atoms may take.
         activations: what activations become before a product with quantised weights, on the CPU: "int16"
             (greedy text is nearly always that of float32) or "int8" (faster on prompts and batches).
         num_threads: threads of a step on the CPU; torch's number when `None`.
@@ -55,6 +56,7 @@ class EngineConfig:
     encoder_cache_dir: str | Path | None = None
     encoder_cache_disk: int | str = "8GiB"
     max_encoder_patches: int = 4096
+    conformer_timeout: float = 30.0
     activations: str = "int16"
     num_threads: int | None = None
     attention_backend: str = "auto"
@@ -87,6 +89,9 @@ class EngineConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InvalidArgumentError(f"{name}={value!r}: must be an integer of at least 1")
+        seconds = self.conformer_timeout
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 1 <= seconds <= 3600:
+            raise InvalidArgumentError(f"conformer_timeout={seconds!r}: must be from 1 to 3600 seconds")
         fraction = self.kv_cache_fraction
         if fraction is not None and not 0 < fraction <= 1:
             raise InvalidArgumentError(f"kv_cache_fraction={fraction!r}: must be above 0 and at most 1")

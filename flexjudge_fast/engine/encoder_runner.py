@@ -8,9 +8,10 @@ import torch
 
 from flexjudge_fast.engine.batch import Batch
 from flexjudge_fast.engine.encoder_cache import EncoderCache
-from flexjudge_fast.media.prepared import AnyMedia, PreparedAudio, PreparedMedia
+from flexjudge_fast.media.prepared import AnyMedia, PreparedAudio, PreparedMedia, PreparedMolecule
 from flexjudge_fast.media.vision_processor import VisionProcessor
 from flexjudge_fast.models.audio_tower import AudioTower
+from flexjudge_fast.models.molecule_encoder import MoleculeEncoder
 from flexjudge_fast.models.packed_audio import PackedAudioTower
 from flexjudge_fast.models.packed_vision import PackedVisionTower
 from flexjudge_fast.models.vision_tower import VisionTower
@@ -41,21 +42,26 @@ class EncoderRunner:
     """`run(batch)` gives what the model needs in place of placeholders.
 
     Args:
-        hearing: the tower for recordings, of a model that has one.
+        vision, hearing, molecules: the encoders that the model has.
         max_patches: the most that are encoded at once, unless one medium alone has more: a bound on memory.
-            Two frames of a spectrogram count as one.
+            Two frames of a spectrogram count as one, and so does an atom.
+        dtype: of the language model, in which embeddings are kept.
     """
 
     def __init__(
         self,
-        vision: VisionEncoder,
+        vision: VisionEncoder | None,
         hearing: AudioTower | PackedAudioTower | None,
+        molecules: MoleculeEncoder | None,
         cache: EncoderCache,
         max_patches: int,
+        dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self.vision = vision
         self.hearing = hearing
+        self.molecules = molecules
+        self.dtype = dtype
         self.cache = cache
         self.max_patches = max_patches
         self.device = device
@@ -85,8 +91,10 @@ class EncoderRunner:
         """Media of one encoder each, in order."""
         group: list[AnyMedia] = []
         size = 0
-        for item in sorted(media.values(), key=_is_heard):
-            if group and (size + _size(item) > self.max_patches or _is_heard(item) != _is_heard(group[0])):
+        for item in sorted(media.values(), key=_encoder_of):
+            if group and (
+                size + _size(item) > self.max_patches or _encoder_of(item) != _encoder_of(group[0])
+            ):
                 yield group
                 group, size = [], 0
             group.append(item)
@@ -96,12 +104,17 @@ class EncoderRunner:
 
     def _encode(self, group: Sequence[AnyMedia]) -> dict[bytes, torch.Tensor]:
         seen = [media for media in group if isinstance(media, PreparedMedia)]
-        heard = [media for media in group if isinstance(media, PreparedAudio)]
+        heard = [torch.from_numpy(media.features) for media in group if isinstance(media, PreparedAudio)]
+        graphs = [media.graph for media in group if isinstance(media, PreparedMolecule)]
         if seen:
+            assert self.vision is not None
             embeddings = self.vision.encode(seen)
-        else:
+        elif heard:
             assert self.hearing is not None
-            embeddings = self.hearing.encode([torch.from_numpy(media.features) for media in heard])
+            embeddings = self.hearing.encode(heard)
+        else:
+            assert self.molecules is not None
+            embeddings = self.molecules.encode(graphs).to(self.dtype)
         parts = embeddings.split([media.num_tokens for media in group])
         for media, part in zip(group, parts, strict=True):
             self.cache.put(media.key, part)
@@ -109,12 +122,15 @@ class EncoderRunner:
         return {media.key: part for media, part in zip(group, parts, strict=True)}
 
 
-def _is_heard(media: AnyMedia) -> bool:
-    return isinstance(media, PreparedAudio)
+def _encoder_of(media: AnyMedia) -> int:
+    """Media with the same number are encoded together."""
+    return (PreparedMedia, PreparedAudio, PreparedMolecule).index(type(media))
 
 
 def _size(media: AnyMedia) -> int:
     """In patches."""
+    if isinstance(media, PreparedMolecule):
+        return len(media.graph.tokens) + len(media.graph.node_features)
     return media.features.shape[1] // 2 if isinstance(media, PreparedAudio) else prod(media.grid)
 
 

@@ -90,6 +90,8 @@ class Engine:
         dtype: str | torch.dtype = "auto",
         quantization: str | None = None,
         ignore_config: Sequence[str] = (),
+        judge_backbone: str | Path | None = None,
+        base_llm: str | Path | None = None,
         **limits: Any,
     ) -> "Engine":
         """Load a model.
@@ -104,6 +106,7 @@ class Engine:
                 to 8 bits. "w8a8-int8" and "w8a8-fp8" (GPUs only) compute layers on 8-bit weights and
                 activations. "dequantize" expands quantised ones to `dtype`.
             ignore_config: unknown fields of config.json to accept.
+            judge_backbone, base_llm: of a Mol-LLaMA: the Llama that takes its base's place, and the base.
             limits: fields of `EngineConfig`.
         """
         unknown = set(limits) - set(EngineConfig.__dataclass_fields__)
@@ -111,7 +114,8 @@ class Engine:
             known = ", ".join(EngineConfig.__dataclass_fields__)
             raise InvalidArgumentError(f"unknown argument {min(unknown)!r}; engine limits are: {known}")
         config = EngineConfig(**limits)
-        return cls(load_parts(model, device, dtype, quantization, ignore_config, config))
+        more = (judge_backbone, base_llm)
+        return cls(load_parts(model, device, dtype, quantization, ignore_config, config, *more))
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -308,11 +312,12 @@ class Engine:
                 media=item.prompt.media,
                 positions=parts.prompts.positions(item.prompt),
                 grammar=None if item.grammar is None else item.grammar.start(),
+                masked=parts.masked_ids,
                 all_logits=item.all_logits,
                 samples=params.n,
             )
             run.open[index] = []
-            run.media_bytes[index] = _media_bytes(item.prompt)
+            run.media_bytes[index] = item.prompt.media_bytes
             self._track(run, index, request)
             parts.scheduler.add(request)
 
@@ -368,11 +373,6 @@ class Engine:
             for request_id in dropped:
                 del self._runs[request_id]
             self._stepper.cancel(dropped)
-
-
-def _media_bytes(prompt: Prompt) -> int:
-    """What a prompt's media hold until they are encoded, each counted once."""
-    return sum(media.nbytes for media in {run.media.key: run.media for run in prompt.media}.values())
 
 
 def _raised(output: EngineOutput) -> EngineOutput:

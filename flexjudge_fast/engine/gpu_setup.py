@@ -122,7 +122,7 @@ def _step_peak(parts: GpuParts) -> int:
 
 def _encoder_peak(parts: GpuParts) -> int:
     """Of a pass of the vision tower over `max_encoder_patches` patches of one picture."""
-    if parts.encoder is None:
+    if parts.encoder is None or parts.encoder.vision is None:  # molecules bound their own memory
         return 0
     tower = parts.encoder.vision.tower
     side = isqrt(parts.config.max_encoder_patches) // 2 * 2

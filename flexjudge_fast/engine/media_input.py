@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flexjudge_fast.media.prepared import AnyMedia, MediaRun, PreparedAudio, PreparedMedia
+from flexjudge_fast.media.prepared import AnyMedia, MediaRun, PreparedAudio, PreparedMedia, PreparedMolecule
 from flexjudge_fast.models.audio_config import AudioConfig
 from flexjudge_fast.models.mrope import PositionSpan, bracketed, grid_offsets, interleaved
 from flexjudge_fast.models.vision_config import VisionConfig
@@ -32,6 +32,7 @@ class MediaInput:
         """Its ids, rows and positions."""
         if isinstance(media, PreparedAudio):
             return self._heard(media)
+        assert not isinstance(media, PreparedMolecule)
         if media.sound is not None:
             return self._heard_and_seen(media, media.sound)
         vision = self.vision
@@ -65,6 +66,28 @@ class MediaInput:
         merge = self.vision.merge_size
         step = self.vision.tokens_per_second * media.seconds_per_grid if media.kind == "video" else 1.0
         return grid_offsets((time, height // merge, width // merge), step)
+
+
+@dataclass(frozen=True)
+class MoleculeInput:
+    """Mol-LLaMA's convention: a token for each embedding, no brackets, positions that simply count on."""
+
+    mol_token_id: int
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of media that the model reads."""
+        return ("molecule",)
+
+    @property
+    def pad_ids(self) -> frozenset[int]:
+        return frozenset((self.mol_token_id,))
+
+    def placeholder(self, media: AnyMedia) -> Placeholder:
+        """Its ids and rows."""
+        return Placeholder(
+            (self.mol_token_id,) * media.num_tokens, (MediaRun(0, media, 0, media.num_tokens),)
+        )
 
 
 def _whole(media: AnyMedia) -> MediaRun:

@@ -11,14 +11,17 @@ from flexjudge_fast.engine.config import EngineConfig, parse_bytes
 from flexjudge_fast.engine.encoder_cache import EncoderCache
 from flexjudge_fast.engine.encoder_runner import EncoderRunner, VisionEncoder
 from flexjudge_fast.engine.encoder_store import EncoderStore
-from flexjudge_fast.engine.media_input import MediaInput
+from flexjudge_fast.engine.media_input import MediaInput, MoleculeInput
 from flexjudge_fast.errors import CheckpointError
 from flexjudge_fast.media.audio_processor import AudioProcessor, read_audio_processor
+from flexjudge_fast.media.molecule_limits import MoleculeLimits
+from flexjudge_fast.media.molecule_processor import read_molecule_processor
 from flexjudge_fast.media.reader import MediaReader
 from flexjudge_fast.media.vision_processor import VisionProcessor, read_vision_processor
 from flexjudge_fast.models.audio_config import AudioConfig, read_audio_config
 from flexjudge_fast.models.config import DecoderConfig
-from flexjudge_fast.models.registry import load_audio, load_vision
+from flexjudge_fast.models.mol_llama import MolLlamaCheckpoint
+from flexjudge_fast.models.registry import load_audio, load_molecule, load_vision
 from flexjudge_fast.models.vision_config import VisionConfig, read_vision_config
 from flexjudge_fast.ops.backend import isa
 from flexjudge_fast.weights.checkpoint import Checkpoint
@@ -28,7 +31,7 @@ from flexjudge_fast.weights.checkpoint import Checkpoint
 class MediaParts:
     """How media enter the prompt, who reads them, and who encodes them."""
 
-    input: MediaInput
+    input: MediaInput | MoleculeInput
     reader: MediaReader
     encoder: EncoderRunner
 
@@ -43,6 +46,8 @@ def load_media(
     ignore: Sequence[str],
 ) -> MediaParts | None:
     """Load a checkpoint's towers and processors; `None` for a text model. `run`: see `model_config`."""
+    if isinstance(checkpoint, MolLlamaCheckpoint):
+        return _load_molecules(checkpoint, decoder, dtype, device, config)
     vision, audio = read_vision_config(run, ignore), read_audio_config(run, ignore)
     if vision is None:
         return None
@@ -58,10 +63,31 @@ def load_media(
         EncoderRunner(
             VisionEncoder(tower, sees, num_threads),
             hearing,
+            None,
             _encoder_cache(config, checkpoint, salt),
             config.max_encoder_patches,
+            dtype,
             device,
         ),
+    )
+
+
+def _load_molecules(
+    checkpoint: MolLlamaCheckpoint,
+    decoder: DecoderConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    config: EngineConfig,
+) -> MediaParts:
+    encoder = load_molecule(checkpoint, decoder, device, config.num_threads or torch.get_num_threads())
+    names = read_molecule_processor(checkpoint.path, encoder.num_queries, encoder.unimol.num_tokens)
+    salt = f"{dtype} {isa()} {checkpoint.molecule}"
+    cache = _encoder_cache(config, checkpoint, salt)
+    limits = MoleculeLimits(timeout=config.conformer_timeout)
+    return MediaParts(
+        MoleculeInput(checkpoint.mol_token_id),
+        MediaReader(molecules=names, limits=limits),
+        EncoderRunner(None, None, encoder, cache, config.max_encoder_patches, dtype, device),
     )
 
 

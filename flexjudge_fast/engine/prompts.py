@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flexjudge_fast.engine.media_input import MediaInput
+from flexjudge_fast.engine.media_input import MediaInput, MoleculeInput
 from flexjudge_fast.errors import InvalidArgumentError, UnsupportedMediaError
 from flexjudge_fast.media.items import MediaItem, MediaOptions
 from flexjudge_fast.media.prepared import AnyMedia
 from flexjudge_fast.media.reader import MediaReader, TokenBudget, result_of
 from flexjudge_fast.models.mrope import mrope_positions
 from flexjudge_fast.prompts.chat_template import ChatTemplate
+from flexjudge_fast.prompts.mol_llama_template import MolLlamaTemplate
 from flexjudge_fast.prompts.segments import Media, Prompt, Segment
 from flexjudge_fast.prompts.tokenizer import Tokenizer
 
@@ -33,10 +34,10 @@ class PromptEncoder:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        chat_template: ChatTemplate,
+        chat_template: ChatTemplate | MolLlamaTemplate,
         vocab_size: int,
         max_len: int,
-        media: MediaInput | None = None,
+        media: MediaInput | MoleculeInput | None = None,
         reader: MediaReader | None = None,
     ) -> None:
         self._tokenizer = tokenizer

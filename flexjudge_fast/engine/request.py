@@ -51,6 +51,7 @@ class Request:
     positions: NDArray[np.int64] | None = (
         None  # of the prompt, [3, num_tokens], where they are not 0, 1, 2, ...
     )
+    masked: tuple[int, ...] = ()  # ids that are never drawn
     all_logits: bool = False
     sample_index: int = 0
     samples: int = 1
@@ -136,6 +137,7 @@ class Request:
             self.max_len,
             media=self.media,
             positions=self.positions,
+            masked=self.masked,
             sample_index=sample_index,
             token_ids=list(self.token_ids),
             num_computed=self.num_computed,

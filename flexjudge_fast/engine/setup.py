@@ -23,12 +23,14 @@ from flexjudge_fast.engine.scheduler import Scheduler, SchedulerLimits
 from flexjudge_fast.errors import CheckpointError, InvalidArgumentError
 from flexjudge_fast.models.config import DecoderConfig, model_config, read_decoder_config
 from flexjudge_fast.models.decoder import Decoder
+from flexjudge_fast.models.mol_llama import MolLlamaCheckpoint
 from flexjudge_fast.models.packed import PackedModel
-from flexjudge_fast.models.registry import load_model
+from flexjudge_fast.models.registry import load_model, open_model
 from flexjudge_fast.ops.backend import isa, uses_triton
 from flexjudge_fast.prompts.chat_template import ChatTemplate
+from flexjudge_fast.prompts.mol_llama_template import MolLlamaTemplate
 from flexjudge_fast.prompts.tokenizer import Tokenizer
-from flexjudge_fast.weights.checkpoint import Checkpoint, open_checkpoint
+from flexjudge_fast.weights.checkpoint import Checkpoint
 from flexjudge_fast.weights.quantization import (
     GPU_QUANTIZATIONS,
     QUANTIZATIONS,
@@ -47,6 +49,7 @@ class EngineParts:
     tokenizer: Tokenizer
     prompts: PromptEncoder
     eos_ids: frozenset[int]
+    masked_ids: tuple[int, ...]  # that are never generated
     max_model_len: int
     arithmetic: str  # what bits depend on beside weights and dtype
     scheduler: Scheduler
@@ -60,11 +63,13 @@ def load_parts(
     quantization: str | None,
     ignore_config: Sequence[str],
     config: EngineConfig,
+    judge_backbone: str | Path | None = None,
+    base_llm: str | Path | None = None,
 ) -> EngineParts:
     """Load a checkpoint and size everything around it."""
     where = pick_device(device)
     scheme = _quantization(quantization, where)
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_model(model, judge_backbone, base_llm, ignore_config)
     run = model_config(checkpoint.config)
     stored = [part.get(name) for part in (checkpoint.config, run) for name in ("dtype", "torch_dtype")]
     picked = pick_dtype(dtype, next(filter(None, stored), None))
@@ -99,13 +104,14 @@ def load_parts(
         tokenizer=tokenizer,
         prompts=PromptEncoder(
             tokenizer,
-            _chat_template(checkpoint),
+            _chat_template(checkpoint, tokenizer),
             decoder.vocab_size,
             max_len,
             None if media is None else media.input,
             None if media is None else media.reader,
         ),
         eos_ids=_eos_ids(checkpoint, tokenizer),
+        masked_ids=checkpoint.masked_token_ids if isinstance(checkpoint, MolLlamaCheckpoint) else (),
         max_model_len=max_len,
         arithmetic=f"{isa(where)}, activations {config.activations}, kv cache {_name(kv_dtype)}",
         scheduler=Scheduler(limits, num_blocks),
@@ -142,7 +148,9 @@ def _quantization(name: str | None, device: torch.device) -> Quantization | Acti
     return scheme
 
 
-def _chat_template(checkpoint: Checkpoint) -> ChatTemplate:
+def _chat_template(checkpoint: Checkpoint, tokenizer: Tokenizer) -> ChatTemplate | MolLlamaTemplate:
+    if isinstance(checkpoint, MolLlamaCheckpoint):
+        return MolLlamaTemplate(tokenizer.control_tokens)
     return ChatTemplate(checkpoint.tokenizer_config.get("chat_template"), checkpoint.tokenizer_config)
 
 

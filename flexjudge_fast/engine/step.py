@@ -193,7 +193,7 @@ class Stepper:
             if allowed is not None:
                 tokens[request] = sample_among(logits, draw, allowed)
                 continue
-            banned = () if grammar is None else grammar.banned()
+            banned = request.masked if grammar is None else grammar.banned()
             drawn = result.drawn.get(request)
             if drawn is not None and drawn.banned == banned:
                 tokens[request] = drawn.token_id

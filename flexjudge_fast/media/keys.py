@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 
 from flexjudge_fast.media.audio_processor import AudioProcessor
 from flexjudge_fast.media.items import MediaKind
+from flexjudge_fast.media.molecule_processor import MoleculeProcessor
 from flexjudge_fast.media.vision_processor import VisionProcessor
+from flexjudge_fast.models.molecule_graph import MoleculeGraph
 
 KEY_BYTES = 32
 
@@ -147,4 +149,20 @@ def audio_key(*, samples: bytes, rate: int, mode: str, processor: AudioProcessor
     fields.integers("rate", [rate])
     for name, value in asdict(processor).items():
         fields.integers(name, [value])
+    return fields.digest()
+
+
+def molecule_key(graph: MoleculeGraph, processor: MoleculeProcessor) -> bytes:
+    """The key of a molecule under the settings that shape its embeddings: 32 bytes.
+
+    It covers what the encoders read, to the bit and in order: a molecule written in another order of its
+    atoms has other places, and other last bits.
+    """
+    fields = _Fields("flexjudge molecule 1")
+    for name, array in vars(graph).items():
+        fields.integers(name + " shape", array.shape)
+        little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+        fields.put(name, little.tobytes())
+    fields.put("symbols", " ".join(processor.symbols).encode())
+    fields.integers("num_tokens", [processor.num_tokens])
     return fields.digest()

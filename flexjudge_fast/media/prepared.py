@@ -1,4 +1,4 @@
-"""A medium ready for its encoder: pixels or features, and the key under which its embeddings are kept."""
+"""A medium ready for its encoder: pixels, features or a graph; and the key of its embeddings."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexjudge_fast.media.items import MediaKind
+from flexjudge_fast.models.molecule_graph import MoleculeGraph
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +61,30 @@ class PreparedAudio:
         return self.features.nbytes
 
 
-AnyMedia = PreparedMedia | PreparedAudio
+@dataclass(frozen=True, eq=False)
+class PreparedMolecule:
+    """A molecule after parsing, with a place for each atom.
+
+    Args:
+        kind: "molecule".
+        key: 32 bytes; equal keys mean equal graphs, places and dictionaries (`media/keys.py`).
+        graph: what the encoders read.
+        num_tokens: embeddings that the encoder makes of it.
+    """
+
+    kind: MediaKind
+    key: bytes
+    graph: MoleculeGraph
+    num_tokens: int
+
+    @property
+    def nbytes(self) -> int:
+        graph = self.graph
+        arrays = (graph.tokens, graph.coordinates, graph.node_features, graph.edge_index, graph.edge_features)
+        return sum(array.nbytes for array in arrays)
+
+
+AnyMedia = PreparedMedia | PreparedAudio | PreparedMolecule
 
 
 @dataclass(frozen=True, eq=False)

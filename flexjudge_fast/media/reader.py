@@ -1,4 +1,4 @@
-"""Reads images, videos and recordings in threads, ahead of the model that judges them."""
+"""Reads images, videos, recordings and molecules in threads, ahead of the model that judges them."""
 
 import os
 import threading
@@ -24,7 +24,11 @@ from flexjudge_fast.media.image import load_image, prepare_image
 from flexjudge_fast.media.image_file import ImageLimits
 from flexjudge_fast.media.items import MediaItem, MediaOptions
 from flexjudge_fast.media.keys import media_key, pixel_digest
-from flexjudge_fast.media.prepared import AnyMedia, PreparedAudio, PreparedMedia
+from flexjudge_fast.media.molecule import prepare_molecule
+from flexjudge_fast.media.molecule_limits import MoleculeLimits
+from flexjudge_fast.media.molecule_pool import MoleculeDecoder
+from flexjudge_fast.media.molecule_processor import MoleculeProcessor
+from flexjudge_fast.media.prepared import AnyMedia, PreparedAudio, PreparedMedia, PreparedMolecule
 from flexjudge_fast.media.video import decode_video
 from flexjudge_fast.media.video_pool import DecodedVideo, VideoDecoder
 from flexjudge_fast.media.video_sampling import FrameBudget
@@ -61,18 +65,27 @@ class TokenBudget:
 
 
 class MediaReader:
-    """Decodes, samples and resizes as the processors say. Videos and sound are decoded in other processes.
+    """Decodes, samples and resizes as the processors say. Videos, sound and molecules are read in other
+    processes.
 
-    `hears`: of a model that does.
+    `sees`, `hears`, `molecules`: of a model that reads such media. `limits`: of molecules.
     """
 
-    def __init__(self, sees: VisionProcessor, hears: AudioProcessor | None = None) -> None:
-        self._processor = sees
+    def __init__(
+        self,
+        sees: VisionProcessor | None = None,
+        hears: AudioProcessor | None = None,
+        molecules: MoleculeProcessor | None = None,
+        limits: MoleculeLimits | None = None,
+    ) -> None:
+        self._sees = sees
         self._hears = hears
+        self._molecules = molecules
         threads = min(max(2, os.cpu_count() or 1), _MOST_THREADS)
         self._threads = ThreadPoolExecutor(threads, "flexjudge-media")
         self._videos = VideoDecoder()
         self._sounds = AudioDecoder()
+        self._chemistry = MoleculeDecoder(limits, threads)
         self._pil = threading.Lock()
 
     def submit(
@@ -82,7 +95,12 @@ class MediaReader:
 
         budget: of all media of one prompt; what is over it raises RequestTooLargeError.
         """
-        ways: dict[str, _Read] = {"image": self._image, "video": self._video, "audio": self._audio}
+        ways: dict[str, _Read] = {
+            "image": self._image,
+            "video": self._video,
+            "audio": self._audio,
+            "molecule": self._molecule,
+        }
         read = ways[item.kind]
         try:
             return self._threads.submit(_named, read, item, options, budget)
@@ -94,6 +112,7 @@ class MediaReader:
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._videos.close()
         self._sounds.close()
+        self._chemistry.close()
 
     def _image(self, item: MediaItem, options: MediaOptions) -> PreparedMedia:
         with self._turn(item):
@@ -125,6 +144,17 @@ class MediaReader:
         if self._hears is None:
             raise UnsupportedMediaError(f"{item.name or item.kind}: the loaded model does not hear")
         return prepare_audio(item, self._hears, b"", self._sounds, options.allow_remote)
+
+    def _molecule(self, item: MediaItem, options: MediaOptions) -> PreparedMolecule:
+        if self._molecules is None:
+            raise UnsupportedMediaError(f"{item.name or item.kind}: the loaded model reads no molecules")
+        return prepare_molecule(item, self._molecules, self._chemistry)
+
+    @property
+    def _processor(self) -> VisionProcessor:
+        if self._sees is None:
+            raise UnsupportedMediaError("the loaded model does not see")
+        return self._sees
 
     def _turn(self, item: MediaItem) -> AbstractContextManager[object]:
         """Pillow decodes an image where it is first used: two threads at once would spoil it."""

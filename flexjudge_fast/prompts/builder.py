@@ -9,6 +9,7 @@ from flexjudge_fast.prompts.judgement import Judgement, Response
 from flexjudge_fast.prompts.templates import PromptTemplate
 
 Message = dict[str, Any]
+_MOLECULE = "<mol>"
 
 
 def build_messages(
@@ -18,14 +19,23 @@ def build_messages(
     read: Mapping[str, AnyMedia] | None = None,
 ) -> list[Message]:
     """System and user message. Place `i` shows response `order[i]`; media stand where they belong:
-    the question's before its text, a candidate's under its heading.
+    the question's before its text, a candidate's under its heading. Molecules stand where the
+    instruction says `<mol>`, if it says so once for each of them.
 
     read: media that were read before, by their items' names.
     """
     kind = judgement.kind
     system = judgement.system or template.system(judgement.format, judgement.rubric)
-    parts: list[Message] = [_media(item, read or {}) for item in judgement.own_media]
-    parts.append(_text(f"{template.wordings[kind].question}\n{judgement.instruction}"))
+    question = _text(f"{template.wordings[kind].question}\n")
+    marked, molecules = [_text(judgement.instruction)], []
+    pieces = judgement.instruction.split(_MOLECULE)
+    if len(pieces) == len(judgement.molecules) + 1:
+        molecules = [item for item in judgement.own_media if item.kind == "molecule"]
+        marked = [_text(pieces[0])]
+        for item, piece in zip(molecules, pieces[1:], strict=True):
+            marked += [_media(item, read or {}), _text(piece)]
+    parts = [_media(item, read or {}) for item in judgement.own_media if item not in molecules]
+    parts += [question, *marked]
     for place, index in enumerate(order):
         response = judgement.responses[index]
         parts.append(_text(f"\n\n{template.heading(kind, place + 1)}\n"))

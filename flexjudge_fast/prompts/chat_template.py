@@ -67,7 +67,7 @@ class ChatTemplate:
         Raises:
             PromptError: a message is malformed, or the template refuses, drops, repeats or alters a content.
         """
-        contents = [_read_message(i, message) for i, message in enumerate(messages)]
+        contents = [read_message(i, message) for i, message in enumerate(messages)]
         roles = [message["role"] for message in messages]
         nonce = secrets.token_hex(8)
         markers = [f"\ue000aB{nonce}:{i}\ue001" for i in range(len(contents))]
@@ -147,7 +147,8 @@ def _one_source(source: str | Sequence[Mapping[str, Any]]) -> str:
     return default
 
 
-def _read_message(index: int, message: Any) -> Content:
+def read_message(index: int, message: Any) -> Content:
+    """A message's parts. PromptError: it is malformed."""
     if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
         raise PromptError(f"message {index}: it must be a dict with role and content")
     role, content = message["role"], message["content"]

@@ -35,15 +35,20 @@ class Placeholder:
     Args:
         token_ids: of all of it.
         runs: which of them stand for embeddings, counted from its first token.
-        span: their positions, in the same way.
+        span: their positions, in the same way; `None` where they simply count on.
     """
 
     token_ids: tuple[int, ...]
     runs: tuple[MediaRun, ...]
-    span: PositionSpan
+    span: PositionSpan | None = None
 
 
-Segment = Scaffold | Text | Media | Placeholder
+@dataclass(frozen=True)
+class Seam:
+    """Where a model's training has encoded the texts on both sides apart."""
+
+
+Segment = Scaffold | Text | Media | Placeholder | Seam
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,11 @@ class Prompt:
     token_ids: tuple[int, ...]
     media: tuple[MediaRun, ...] = ()
     spans: tuple[PositionSpan, ...] = ()
+
+    @property
+    def media_bytes(self) -> int:
+        """What its media hold until they are encoded, each counted once."""
+        return sum(media.nbytes for media in {run.media.key: run.media for run in self.media}.values())
 
     def __len__(self) -> int:
         return len(self.token_ids)

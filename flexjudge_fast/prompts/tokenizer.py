@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from flexjudge_fast.errors import CheckpointError, PromptError, UnsupportedMediaError
 from flexjudge_fast.media.prepared import MediaRun
 from flexjudge_fast.models.mrope import PositionSpan
-from flexjudge_fast.prompts.segments import Media, Placeholder, Prompt, Scaffold, Segment
+from flexjudge_fast.prompts.segments import Media, Placeholder, Prompt, Scaffold, Seam, Segment
 
 # What Unicode calls white space; str.strip() alone would also take the separators U+001C to U+001F.
 _WHITESPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
@@ -49,6 +49,7 @@ class Tokenizer:
             tokenizer.no_truncation()
             tokenizer.no_padding()
         self._added = added
+        self.control_tokens = frozenset(added)
         self.control_ids = frozenset(int(token["id"]) for token in added.values())
         self._cut = re.compile(
             "|".join(re.escape(t) for t in sorted(added, key=len, reverse=True)) or r"(?!)"
@@ -115,8 +116,13 @@ class Tokenizer:
                 flush()
                 strip_left = False
                 media += [replace(run, start=len(ids) + run.start) for run in segment.runs]
-                spans.append(replace(segment.span, start=len(ids)))
+                if segment.span is not None:
+                    spans.append(replace(segment.span, start=len(ids)))
                 ids += segment.token_ids
+                continue
+            if isinstance(segment, Seam):
+                flush()
+                strip_left = False
                 continue
             if not isinstance(segment, Scaffold):
                 plain.append(segment.text)
