@@ -2,8 +2,8 @@
 
 python examples/judge_molecules.py [MOL_LLAMA [JUDGE_BACKBONE]]
 
-Without a model, the tiny one of the tests is taken, with random weights: it shows that everything works, but its
-verdicts mean nothing. Needs RDKit: pip install "flexjudge_fast[molecules]".
+Without a model, the tiny one of the tests is taken, with random weights: it shows that everything works, but
+its verdicts mean nothing. Needs RDKit: pip install "flexjudge_fast[molecules]".
 """
 
 import sys

@@ -1,7 +1,7 @@
-"""The GPU engine over the interpreted kernels: the tokens of plain torch, through graphs, forks and preemption.
+"""The GPU engine over interpreted kernels: the tokens of plain torch, through graphs, forks and preemption.
 
-`FLEXJUDGE_BACKEND=triton` has every op run its kernel, on the CPU's memory in Triton's interpreter; the device is
-the fake one, which works as late as it may.
+`FLEXJUDGE_BACKEND=triton` has every op run its kernel, on the CPU's memory in Triton's interpreter; the device
+is the fake one, which works as late as it may.
 """
 
 from dataclasses import replace
@@ -21,8 +21,8 @@ from tests.engine.fake_device import FakeDevice
 from tests.models import write_checkpoint
 
 BLOCK = 16
-GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
-PROMPTS = ("hello", "hello world, this is a longer prompt of several blocks", "a")
+GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+PROMPTS = ("hello", "a longer prompt than a block", "a")
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def simulated(engine, prompts, params):
     return found
 
 
-@pytest.mark.parametrize("chunk", [7, 64])
+@pytest.mark.parametrize("chunk", [11, 64])
 def test_prefill_and_decode(folder, backend, chunk):
     wanted = reference(folder, PROMPTS, GREEDY, backend)
     backend("triton")
@@ -84,7 +84,7 @@ def test_prefill_and_decode(folder, backend, chunk):
 
 def test_forks_share_their_prefix(folder, backend):
     """Sampled, with top-k and top-p: the kernel draws what the reference draws."""
-    params = SamplingParams(temperature=1.0, top_k=20, top_p=0.9, n=3, max_tokens=5, seed=1)
+    params = SamplingParams(temperature=1.0, top_k=20, top_p=0.9, n=3, max_tokens=3, seed=1)
     wanted = reference(folder, PROMPTS[:2], params, backend)
     backend("triton")
     with load(folder) as engine:
@@ -92,11 +92,11 @@ def test_forks_share_their_prefix(folder, backend):
 
 
 def test_preemption(folder, backend):
-    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
-    prompts = ["first prompt", "second one", "third"]
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    prompts = ["first prompt", "second prompt", "third prompt"]
     wanted = reference(folder, prompts, params, backend)
     backend("triton")
-    with load(folder, num_blocks=6) as engine:
+    with load(folder, num_blocks=4) as engine:
         assert simulated(engine, prompts, params) == wanted
         assert engine.stats().num_preemptions > 0
 
@@ -114,7 +114,7 @@ def test_eight_bit_cache(folder, backend, kv_dtype):
     assert (found.argmax(-1) == wanted.argmax(-1)).float().mean() > 0.8
 
 
-@pytest.mark.parametrize("quantization", ["int4", "int4-g64"])
+@pytest.mark.parametrize("quantization", ["int4"])
 def test_four_bit_weights(folder, backend, quantization):
     wanted = reference(folder, PROMPTS[:1], GREEDY, backend, quantization=quantization)
     backend("triton")
@@ -123,18 +123,13 @@ def test_four_bit_weights(folder, backend, quantization):
 
 
 def test_a_judgement(folder, backend):
-    item = Judgement("score", "Q", ["A"], max_think_tokens=2, votes=2, max_tokens=60)
-    verdicts = []
-    for name in ("reference", "triton"):
-        backend(name)
-        make = load if name == "triton" else None
-        engine = (
-            make(folder, num_blocks=200, max_len=1024)
-            if make
-            else Engine.from_pretrained(folder, kv_cache_memory=1 << 24, max_model_len=1024)
-        )
-        with engine:
-            verdicts.append(Judge(engine).judge(item) if hasattr(Judge, "judge") else next(iter(Judge(engine).run([item]))))
-    first, second = verdicts
-    assert first.scores == second.scores
-    assert first.expected_scores == pytest.approx(second.expected_scores, rel=1e-4)
+    """Forced tokens, a score's distribution and its probes."""
+    item = Judgement("score", "Q", ["A"], max_think_tokens=2, max_tokens=60, temperature=0.0)
+    backend("reference")
+    with Engine.from_pretrained(folder, kv_cache_memory=1 << 24, max_model_len=1024) as engine:
+        wanted = next(iter(Judge(engine).run([item])))
+    backend("triton")
+    with load(folder, num_blocks=200, max_len=1024, max_batched_tokens=1024) as engine:
+        found = next(iter(Judge(engine).run([item])))
+    assert found.scores == wanted.scores
+    assert found.expected_scores == pytest.approx(wanted.expected_scores, rel=1e-4)

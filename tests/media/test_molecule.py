@@ -199,7 +199,7 @@ def test_hangs_end_the_process_alone(decoder):
     tangled = "".join(f"C%{i}" for i in range(10, 100)) * 2
     with MoleculeDecoder(MoleculeLimits(timeout=1)) as other:
         started = time.monotonic()
-        with pytest.raises(MediaError, match="takes longer than 1 s|cannot be placed"):
+        with pytest.raises(MediaError, match=r"takes longer than 1 s|cannot be placed"):
             prepare(other, tangled)
         assert time.monotonic() - started < 10
     assert prepare(decoder, "CCO").num_tokens == 8
