@@ -81,7 +81,7 @@ def _load_molecules(
 ) -> MediaParts:
     encoder = load_molecule(checkpoint, decoder, device, config.num_threads or torch.get_num_threads())
     names = read_molecule_processor(checkpoint.path, encoder.num_queries, encoder.unimol.num_tokens)
-    salt = f"{dtype} {isa()} {checkpoint.molecule}"
+    salt = f"{dtype} {isa(device)} {checkpoint.molecule}"
     cache = _encoder_cache(config, checkpoint, salt)
     limits = MoleculeLimits(timeout=config.conformer_timeout)
     return MediaParts(

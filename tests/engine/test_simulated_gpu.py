@@ -1,7 +1,7 @@
 """The GPU engine over interpreted kernels: the tokens of plain torch, through graphs, forks and preemption.
 
-`FLEXJUDGE_BACKEND=triton` has every op run its kernel, on the CPU's memory in Triton's interpreter; the device
-is the fake one, which works as late as it may.
+`FLEXJUDGE_BACKEND=triton` has every op run its kernel, on the CPU's memory in Triton's interpreter; the
+device is the fake one, which works as late as it may.
 """
 
 from dataclasses import replace

@@ -122,7 +122,7 @@ for variant, resources in measure(compiled):
 """
 
 
-# `make kernels` compiles everything for every architecture (and writes the report); here is what differs most.
+# `make kernels` compiles everything for every architecture; here is what differs most.
 CASES = [("sm_80", "bf16"), ("sm_90", "w4a16-g128"), ("sm_120", "int8")]
 
 
