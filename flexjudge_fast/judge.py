@@ -99,8 +99,8 @@ class Judge:
         Args:
             model: a Hugging Face folder, a hub id, or a `.gguf` file.
             template: a TOML file with the wording of the prompts; the built-in one when `None`.
-            device, dtype, quantization, ignore_config, limits, judge_backbone, base_llm: see
-                `Engine.from_pretrained`.
+            device, dtype, quantization, ignore_config, limits, and a Mol-LLaMA's judge_backbone and
+                base_llm: see `Engine.from_pretrained`.
         """
         backbones = (judge_backbone, base_llm)
         engine = Engine.from_pretrained(

@@ -36,7 +36,14 @@ def _widen(codes, dtype: tl.constexpr, KV: tl.constexpr):
 
 @triton.jit
 def _load_rows(
-    base, rows, inside, dtype: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, KV: tl.constexpr
+    base,
+    rows,
+    inside,
+    dtype: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    KV: tl.constexpr,
+    WIDEN_FIRST: tl.constexpr,
 ):
     """[BLOCK_N, BLOCK_D] in `dtype` from elements `rows` on; where not `inside`, zeros."""
     d = tl.arange(0, BLOCK_D)
@@ -45,7 +52,12 @@ def _load_rows(
         mask = mask & (d < HEAD_DIM)[None, :]
     x = tl.load(base + rows[:, None] + d[None, :], mask=mask, other=0)
     if KV == "int8" or KV == "fp8":
-        return _widen(x, dtype, KV)
+        x = _widen(x, dtype, KV)
+        if WIDEN_FIRST:
+            # The sum over one element does nothing but stay here: else the compiler would move the operand's
+            # layout up to the bytes, which then cross shared memory one by one, and load 64 bits at a time.
+            x = tl.sum(x[None, :, :], 0)
+        return x
     return x.to(dtype)
 
 
@@ -69,6 +81,7 @@ def attend_chunk(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
     SUM_BY_DOT: tl.constexpr,
+    WIDEN_FIRST: tl.constexpr,
 ):
     """Maximum [BLOCK_M], sum [BLOCK_M] and unnormalised result [BLOCK_M, BLOCK_D] of one chunk, float32."""
     EIGHT_BITS: tl.constexpr = KV == "int8" or KV == "fp8"
@@ -86,7 +99,7 @@ def attend_chunk(
         block = tl.load(table_ptr + position // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
         slot = (position % BLOCK_SIZE) * KV_HEADS + kv_head
         rows = block * (BLOCK_SIZE * KV_HEADS * ROW) + slot * HEAD_DIM
-        k = _load_rows(keys_ptr, rows, inside, q.dtype, HEAD_DIM, BLOCK_D, KV)
+        k = _load_rows(keys_ptr, rows, inside, q.dtype, HEAD_DIM, BLOCK_D, KV, WIDEN_FIRST)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if EIGHT_BITS:
             at = block * (BLOCK_SIZE * KV_HEADS * ROW // 4) + (BLOCK_SIZE * KV_HEADS * HEAD_DIM // 4) + slot
@@ -101,7 +114,7 @@ def attend_chunk(
         else:
             l = tl.fma(l, alpha, tl.sum(p, 1))  # noqa: E741
         m = m_new
-        v = _load_rows(values_ptr, rows, inside, q.dtype, HEAD_DIM, BLOCK_D, KV)
+        v = _load_rows(values_ptr, rows, inside, q.dtype, HEAD_DIM, BLOCK_D, KV, WIDEN_FIRST)
         if EIGHT_BITS:
             scales = tl.load(values_ptr.to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0)
             p *= (scales * UNIT)[None, :]

@@ -44,11 +44,14 @@ class Launch:
     needs: str = ""
 
 
-def launches(shape: ModelShape) -> Iterator[Launch]:
-    """All launches of a model of this shape, one for each variant that a step may need."""
+def launches(shape: ModelShape, device: str = "meta") -> Iterator[Launch]:
+    """All launches of a model of this shape, one for each variant that a step may need.
+
+    device: "meta" to compile, "cuda" to run; then the tensors hold what can be run.
+    """
     # The parts import this module for its types.
     from flexjudge_fast.kernels import catalog_attention, catalog_linear, catalog_small
 
-    yield from catalog_attention.launches(shape)
-    yield from catalog_linear.launches(shape)
-    yield from catalog_small.launches(shape)
+    yield from catalog_attention.launches(shape, device)
+    yield from catalog_linear.launches(shape, device)
+    yield from catalog_small.launches(shape, device)

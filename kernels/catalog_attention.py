@@ -35,7 +35,7 @@ def launches(shape: ModelShape, device: str = "meta") -> Iterator[Launch]:
         positions = sum(context_lens) - (shared * (len(new) - 1) if shared else 0)
         seen = sum(n * c - n * (n - 1) // 2 for n, c in zip(new, context_lens, strict=True))
         yield Launch(
-            kernel="attention_prefill" if len(plan.tiles) else "attention_decode",
+            kernel="paged_prefill" if len(plan.tiles) else "paged_decode",
             case=f"{name}, {kv}",
             run=functools.partial(_run, *_tensors(shape, starts, lens, tables, plan, device)),
             tokens=int(starts[-1]),

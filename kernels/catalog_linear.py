@@ -15,20 +15,22 @@ TOKENS = (1, 16, 64, 512)
 _EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
-def launches(shape: ModelShape) -> Iterator[Launch]:
+def launches(shape: ModelShape, device: str = "meta") -> Iterator[Launch]:
     """Products of one layer in the format `shape.weights`, and of the LM head, which is dense.
 
     Moved bytes: each weight, activation and output once, and workspaces twice. Programs that run at the same
     time read activations (and for more than 128 tokens, weights) again out of the L2; that is not counted.
+
+    device: "meta" to compile; "cuda" for tensors that can be run, whatever they hold.
     """
-    matrices = layer_matrices(shape)
+    matrices, dense = layer_matrices(shape), ModelShape(dtype=shape.dtype)
     for tokens in TOKENS:
         for name, (rows, columns, has_bias) in matrices.items():
-            yield _product(shape, name, rows, columns, has_bias, tokens)
-        yield _product(ModelShape(dtype=shape.dtype), "lm head", shape.vocab, shape.hidden, False, tokens)
+            yield _product(shape, name, rows, columns, has_bias, tokens, device)
+        yield _product(dense, "lm head", shape.vocab, shape.hidden, False, tokens, device)
         if shape.weights in _EIGHT_BITS:
             for columns in sorted({columns for _, columns, _ in matrices.values()}):
-                yield _quantisation(shape, columns, tokens)
+                yield _quantisation(shape, columns, tokens, device)
 
 
 def layer_matrices(shape: ModelShape) -> dict[str, tuple[int, int, bool]]:
@@ -51,29 +53,31 @@ def product_bytes(
     return least, least + (workspace_bytes(plan.num_runs, tokens, rows) if plan.parallel else 0)
 
 
-def _product(shape: ModelShape, name: str, rows: int, columns: int, has_bias: bool, tokens: int) -> Launch:
+def _product(
+    shape: ModelShape, name: str, rows: int, columns: int, has_bias: bool, tokens: int, device: str
+) -> Launch:
     size = shape.dtype.itemsize
-    bias = torch.empty(rows, dtype=shape.dtype, device="meta") if has_bias else None
-    x = torch.empty(tokens, columns, dtype=shape.dtype, device="meta")
+    bias = torch.empty(rows, dtype=shape.dtype, device=device) if has_bias else None
+    x = torch.empty(tokens, columns, dtype=shape.dtype, device=device)
     outputs = tokens * rows * size + (rows * size if has_bias else 0)
     run: Callable[[], object]
     if shape.weights.startswith("w4a16"):
         group = int(shape.weights.rpartition("-g")[2])
         kernel = "linear_w4a16"
-        codes = torch.empty(rows, columns // 4, dtype=torch.int16, device="meta")
-        words = torch.empty(columns // group, rows, dtype=torch.int32, device="meta")
+        codes = torch.empty(rows, columns // 4, dtype=torch.int16, device=device)
+        words = torch.empty(columns // group, rows, dtype=torch.int32, device=device)
         weight_bytes, inputs = codes.nbytes + words.nbytes, x.nbytes
         run = lambda: linear_w4a16(x, codes, words, rows, group, False, False, bias)  # noqa: E731
     elif shape.weights in _EIGHT_BITS:
         kernel = f"linear_{shape.weights}"
-        weight = torch.empty(rows, columns, dtype=_EIGHT_BITS[shape.weights], device="meta")
-        scales = torch.empty(rows, device="meta")
-        tokens_x, token_scales = x.to(weight.dtype), torch.empty(tokens, device="meta")
+        weight = torch.empty(rows, columns, dtype=_EIGHT_BITS[shape.weights], device=device)
+        scales = torch.empty(rows, device=device)
+        tokens_x, token_scales = x.to(weight.dtype), torch.empty(tokens, device=device)
         weight_bytes, inputs = weight.nbytes + scales.nbytes, tokens_x.nbytes + token_scales.nbytes
         run = lambda: linear_w8a8(tokens_x, token_scales, weight, scales, bias, shape.dtype)  # noqa: E731
     else:
         kernel = "linear"
-        dense = torch.empty(rows, columns, dtype=shape.dtype, device="meta")
+        dense = torch.empty(rows, columns, dtype=shape.dtype, device=device)
         weight_bytes, inputs = dense.nbytes, x.nbytes
         run = lambda: linear(x, dense, bias)  # noqa: E731
     least, moved = product_bytes(kernel, rows, columns, weight_bytes, inputs + outputs, tokens)
@@ -89,8 +93,8 @@ def _product(shape: ModelShape, name: str, rows: int, columns: int, has_bias: bo
     )
 
 
-def _quantisation(shape: ModelShape, columns: int, tokens: int) -> Launch:
-    x = torch.empty(tokens, columns, dtype=shape.dtype, device="meta")
+def _quantisation(shape: ModelShape, columns: int, tokens: int, device: str) -> Launch:
+    x = torch.empty(tokens, columns, dtype=shape.dtype, device=device)
     num_bytes = x.nbytes + tokens * columns + 4 * tokens
     return Launch(
         kernel="quantize_tokens",

@@ -8,6 +8,7 @@ from flexjudge_fast.kernels.catalog import Launch, ModelShape
 from flexjudge_fast.kernels.embedding import embedding
 from flexjudge_fast.kernels.rms_norm import add_rms_norm, add_rms_norm_quantized, rms_norm, rms_norm_quantized
 from flexjudge_fast.kernels.rotary_kv import rotary_kv
+from flexjudge_fast.kernels.sample import sample
 from flexjudge_fast.kernels.segment_attention import segment_attention
 from flexjudge_fast.kernels.swiglu import swiglu, swiglu_quantized
 from flexjudge_fast.ops.kv_cache import kv_row_size
@@ -31,6 +32,7 @@ def launches(shape: ModelShape, device: str = "meta") -> Iterator[Launch]:
         yield _swiglu(shape, shape.intermediate, tokens, device, shape.weights)
         for sections in ((), _sections(shape)):
             yield _rotary(shape, tokens, sections, device)
+        yield _sampling(shape, tokens, device)
     if shape.vision_hidden:
         yield from _norms(shape, shape.vision_hidden, PATCHES, device, False)
         yield _swiglu(shape, shape.vision_intermediate, PATCHES, device, "")
@@ -59,6 +61,18 @@ def _norms(shape: ModelShape, hidden: int, tokens: int, device: str, quantizes: 
         yield _launch(
             "rms_norm", f"{name} {hidden}{case}", run, tokens, num_bytes + weight.nbytes, 6.0 * x.numel()
         )
+
+
+def _sampling(shape: ModelShape, rows: int, device: str) -> Launch:
+    """A draw with top-p from each row; further passes over a row are out of the L2."""
+    logits = _floats((rows, shape.vocab), torch.float32, device)
+    integers = torch.zeros(rows, 3, dtype=torch.int32, device=device)
+    floats = torch.full((rows, 4), 0.5, device=device)
+    masks = torch.zeros(1, -(-shape.vocab // 32), dtype=torch.int32, device=device)
+    num_bytes = logits.nbytes + masks.nbytes + integers.nbytes + floats.nbytes + 8 * rows
+    return _launch(
+        "sample", f"{rows} rows", lambda: sample(logits, integers, floats, masks), rows, num_bytes, 0.0
+    )
 
 
 def _sections(shape: ModelShape) -> tuple[int, ...]:

@@ -45,6 +45,7 @@ def _decode_attention_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
     SUM_BY_DOT: tl.constexpr,
+    WIDEN_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     GROUP: tl.constexpr = HEADS // KV_HEADS
@@ -64,7 +65,7 @@ def _decode_attention_kernel(
     # A chunk that sequences share lies within each of their contexts.
     m, l, acc = attend_chunk(  # noqa: E741
         q, keys_ptr, values_ptr, table_ptr, visible, start, tl.max(visible, 0), kv_head, scale,
-        BLOCK_SIZE, KV_HEADS, HEAD_DIM, KV, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, SUM_BY_DOT,
+        BLOCK_SIZE, KV_HEADS, HEAD_DIM, KV, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, SUM_BY_DOT, WIDEN_FIRST,
     )  # fmt: skip
     # As in prefill, the rows again, by way of a number that only the device knows to be 0.
     row = tl.arange(0, BLOCK_M) + (tl.load(item_ptr + 1, volatile=True) >> 16)
@@ -86,21 +87,25 @@ def _merge_chunks_kernel(
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,  # heads of a program
 ):
     merge_ptr = merges_ptr + 4 * tl.program_id(0)
     token, first, count = tl.load(merge_ptr), tl.load(merge_ptr + 1), tl.load(merge_ptr + 2)
     if token < 0:
         return
-    row = tl.arange(0, 1)
-    head = tl.program_id(1) + row
-    m = tl.full((1,), float("-inf"), tl.float32)
-    l = tl.zeros((1,), tl.float32)  # noqa: E741
-    acc = tl.zeros((1, BLOCK_D), tl.float32)
+    none = tl.zeros((BLOCK_H,), tl.int32)
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    valid = head < HEADS
+    m = tl.full((BLOCK_H,), float("-inf"), tl.float32)
+    l = tl.zeros((BLOCK_H,), tl.float32)  # noqa: E741
+    acc = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
     for partial in range(first, first + count):
-        stats = stats_ptr + ((partial + row).to(tl.int64) * HEADS + head) * 2
-        acc_next = load_query(acc_ptr, partial + row, head, row == 0, HEADS, HEAD_DIM, BLOCK_D)
-        m, l, acc = merge(m, l, acc, tl.load(stats), tl.load(stats + 1), acc_next)  # noqa: E741
-    store_rows(out_ptr, normalise(l, acc), token + row, head, row == 0, HEADS, HEAD_DIM, BLOCK_D)
+        stats = stats_ptr + ((partial + none).to(tl.int64) * HEADS + head) * 2
+        acc_next = load_query(acc_ptr, partial + none, head, valid, HEADS, HEAD_DIM, BLOCK_D)
+        m_next = tl.load(stats, mask=valid, other=float("-inf"))
+        l_next = tl.load(stats + 1, mask=valid, other=0)
+        m, l, acc = merge(m, l, acc, m_next, l_next, acc_next)  # noqa: E741
+    store_rows(out_ptr, normalise(l, acc), token + none, head, valid, HEADS, HEAD_DIM, BLOCK_D)
 
 
 def decode_attention(
@@ -136,14 +141,8 @@ def decode_attention(
             query, keys, values, block_tables, plan.items, plan.order, stats, acc, table_stride, scale,
             **sizes.common, **constants,
         )  # fmt: skip
-    block_d = sizes.common["BLOCK_D"]
-    _merge_chunks_kernel[(len(plan.merges), heads)](
-        stats,
-        acc,
-        plan.merges,
-        out,
-        HEADS=heads,
-        HEAD_DIM=head_dim,
-        BLOCK_D=block_d,
-        **tiles("attention_merge"),
-    )
+    merging = tiles("attention_merge")
+    _merge_chunks_kernel[(len(plan.merges), triton.cdiv(heads, merging["BLOCK_H"]))](
+        stats, acc, plan.merges, out,
+        HEADS=heads, HEAD_DIM=head_dim, BLOCK_D=sizes.common["BLOCK_D"], **merging,
+    )  # fmt: skip

@@ -41,6 +41,7 @@ def _prefill_attention_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
     SUM_BY_DOT: tl.constexpr,
+    WIDEN_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     GROUP: tl.constexpr = HEADS // KV_HEADS
@@ -61,7 +62,7 @@ def _prefill_attention_kernel(
     for start in range(0, stop, CHUNK):
         m_next, l_next, acc_next = attend_chunk(
             q, keys_ptr, values_ptr, table_ptr, visible, start, stop, kv_head, scale,
-            BLOCK_SIZE, KV_HEADS, HEAD_DIM, KV, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, SUM_BY_DOT,
+            BLOCK_SIZE, KV_HEADS, HEAD_DIM, KV, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, SUM_BY_DOT, WIDEN_FIRST,
         )  # fmt: skip
         m, l, acc = merge(m, l, acc, m_next, l_next, acc_next)  # noqa: E741
     # The rows again, by way of a number that only the device knows to be 0: else pointers and masks, which

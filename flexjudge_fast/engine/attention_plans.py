@@ -12,13 +12,12 @@ from flexjudge_fast.models.config import DecoderConfig
 from flexjudge_fast.ops.attention_plan import CHUNK, HostPlan, TileRows, plan_attention, tile_rows
 from flexjudge_fast.ops.flash_attention import HostFlashPlan, check_flash_attention, plan_flash_attention
 
-ATTENTION_BACKENDS = ("auto", "triton", "flash-attn", "torch")
-
 
 class AttentionPlanner(Protocol):
     """Makes what the attention op needs to know of a step beside its input. records: in CUDA graphs, too."""
 
-    records: bool
+    @property
+    def records(self) -> bool: ...
 
     def plan(self, inputs: AttentionInput, rung: Rung | None) -> HostPlan | HostFlashPlan | None:
         """Of a step whose `inputs` are on the host; with a rung, of the recorded step's size."""
@@ -85,7 +84,7 @@ def make_planner(
         return TritonPlanner(rows, config.num_heads // config.num_kv_heads, block_size)
     if kv_dtype.itemsize == 1:
         raise InvalidArgumentError(
-            f"attention_backend={backend!r}: it reads no 8-bit KV cache; use 'triton' or kv_cache_dtype='auto'"
+            f"attention_backend={backend!r}: it reads no 8-bit KV cache; 'triton' does"
         )
     if backend == "torch":
         return NoPlanner()

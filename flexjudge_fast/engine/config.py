@@ -11,7 +11,8 @@ from flexjudge_fast.errors import InvalidArgumentError
 
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-KV_CACHE_DTYPES = {**DTYPES, "int8": torch.int8}
+KV_CACHE_DTYPES = {**DTYPES, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+ATTENTION_BACKENDS = ("auto", "triton", "flash-attn", "torch")
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class EngineConfig:
         kv_cache_fraction: share of the memory that is free after loading; 0.9 on a GPU, 0.25 on a CPU.
         kv_cache_dtype: what keys and values are stored as: "auto" (the model's dtype), "float32", "bfloat16",
             "float16" or "int8", which halves bfloat16's memory: 8-bit codes and a float scale per token and
-            KV head.
+            KV head; on a GPU also "fp8".
         prefix_caching: keep computed prefixes for later requests.
         encoder_cache_memory: bytes, or a string such as "512MiB", for embeddings of media; 0 keeps none.
         encoder_cache_dir: a folder where embeddings are kept beyond the process; none when `None`.
@@ -37,6 +38,10 @@ class EngineConfig:
         activations: what activations become before a product with quantised weights, on the CPU: "int16"
             (greedy text is nearly always that of float32) or "int8" (faster on prompts and batches).
         num_threads: threads of a step on the CPU; torch's number when `None`.
+        attention_backend: on a GPU, "triton" (our kernels, as "auto" means), "flash-attn" (that package;
+            16-bit caches with a block_size of 256) or "torch" (plain and slow, to compare with).
+        cuda_graphs: record decode steps once and replay them.
+        kernel_bundle: a folder of compiled kernels, see `python -m flexjudge_fast.kernels build`.
     """
 
     max_model_len: int | None = None
@@ -54,10 +59,18 @@ class EngineConfig:
     conformer_timeout: float = 30.0
     activations: str = "int16"
     num_threads: int | None = None
+    attention_backend: str = "auto"
+    cuda_graphs: bool = True
+    kernel_bundle: str | Path | None = None
 
     def __post_init__(self) -> None:
         if self.activations not in ("int16", "int8"):
             raise InvalidArgumentError(f'activations={self.activations!r}: must be "int16" or "int8"')
+        if self.attention_backend not in ATTENTION_BACKENDS:
+            known = ", ".join(ATTENTION_BACKENDS)
+            raise InvalidArgumentError(
+                f"attention_backend={self.attention_backend!r}: must be one of {known}"
+            )
         if self.kv_cache_dtype not in ("auto", *KV_CACHE_DTYPES):
             known = ", ".join(KV_CACHE_DTYPES)
             raise InvalidArgumentError(
@@ -98,14 +111,17 @@ def parse_bytes(name: str, value: int | str) -> int:
     raise InvalidArgumentError(f'{name}={value!r}: must be a number of bytes or a string such as "2GiB"')
 
 
-def num_kv_blocks(config: EngineConfig, block_bytes: int, max_model_len: int, device: torch.device) -> int:
-    """How many blocks of `block_bytes` the budget holds; never more than `max_num_seqs` full sequences."""
+def num_kv_blocks(config: EngineConfig, block_bytes: int, max_model_len: int) -> int:
+    """How many blocks of `block_bytes` the KV cache has on a CPU."""
     if config.kv_cache_memory is not None:
         budget = parse_bytes("kv_cache_memory", config.kv_cache_memory)
-    elif device.type == "cuda":
-        budget = int(torch.cuda.mem_get_info(device)[0] * (config.kv_cache_fraction or 0.9))
     else:
         budget = int(psutil.virtual_memory().available * (config.kv_cache_fraction or 0.25))
+    return num_blocks_of(config, budget, block_bytes, max_model_len)
+
+
+def num_blocks_of(config: EngineConfig, budget: int, block_bytes: int, max_model_len: int) -> int:
+    """How many blocks `budget` bytes hold; never more than `max_num_seqs` full sequences."""
     most = config.max_num_seqs * (-(-max_model_len // config.block_size) + 1)
     num_blocks = min(budget // block_bytes, most)
     if num_blocks < 2:

@@ -1,7 +1,9 @@
-"""Puts a GPU's runner together: measures what a step needs, sizes the KV cache, picks graphs and attention."""
+"""Puts a GPU's runner together: measures what a step needs, sizes the KV cache, picks the attention."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from math import isqrt
+from pathlib import Path
 
 import torch
 
@@ -17,7 +19,9 @@ from flexjudge_fast.engine.input_buffers import InputBuffers
 from flexjudge_fast.engine.model_runner import kv_bytes_per_token
 from flexjudge_fast.engine.request import Request
 from flexjudge_fast.engine.sampling_params import SamplingParams
+from flexjudge_fast.errors import InvalidArgumentError
 from flexjudge_fast.models.decoder import Decoder
+from flexjudge_fast.ops.backend import use_kernel_bundle
 
 _FRACTION = 0.9  # of what no step needs
 
@@ -84,10 +88,15 @@ def make_gpu_runner(
 
     Raises:
         InvalidArgumentError: memory or attention backend do not allow it.
+        KernelBundleError: `kernel_bundle` is not for this GPU, or this version.
     """
+    if find_spec("triton") is None:
+        raise InvalidArgumentError("device='cuda': the package triton is missing; `pip install triton`")
+    if config.kernel_bundle is not None:
+        use_kernel_bundle(Path(config.kernel_bundle))
     planner = make_planner(config.attention_backend, model.config, model.dtype, kv_dtype, config.block_size)
     parts = GpuParts(model, kv_dtype, config, max_len, device, planner, encoder)
-    with_graphs = config.cuda_graphs and planner.can_be_recorded
+    with_graphs = config.cuda_graphs and planner.records
     if config.kv_cache_memory is not None:
         budget = parse_bytes("kv_cache_memory", config.kv_cache_memory)
     else:
@@ -106,9 +115,7 @@ def _step_peak(parts: GpuParts) -> int:
     count = min(parts.config.max_batched_tokens, parts.max_len - 1)
     blocks = -(-count // parts.config.block_size) + 1
     runner = parts.runner(blocks, with_graphs=False)
-    request = Request(
-        0, (0,) * count, SamplingParams(max_tokens=1), _NoText(), frozenset(), parts.max_len
-    )
+    request = Request(0, (0,) * count, SamplingParams(max_tokens=1), _NoText(), frozenset(), parts.max_len)
     request.block_table = list(range(blocks))
     return peak_bytes(lambda: runner.run(Batch((Chunk(request, 0, count),), ())), parts.device)
 

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from flexjudge_fast.engine.batch import Batch, Chunk
+from flexjudge_fast.engine.graph_ladder import Rung
 from flexjudge_fast.layers.attention import AttentionInput
 
 
@@ -45,6 +46,7 @@ class InputBuffers:
         self.num_sections = num_sections
         self.vocab_size = vocab_size
         # ids, places in the sequence, slots, logit rows; then query starts and context lengths
+        max_tokens = max(max_tokens, max_seqs)  # of a padded decode step
         self._tokens = torch.zeros(4, max_tokens, dtype=torch.int64, pin_memory=pin)
         self._sequences = torch.zeros(2, max_seqs + 1, dtype=torch.int64, pin_memory=pin)
         self._positions = torch.zeros(num_sections * max_tokens, dtype=torch.int64, pin_memory=pin)
@@ -53,12 +55,20 @@ class InputBuffers:
         self._numbers, self._starts_lens = self._tokens.numpy(), self._sequences.numpy()
         self._table_numbers = self._tables.numpy()
 
-    def fill(self, batch: Batch, embeddings: Mapping[bytes, torch.Tensor] | None = None) -> ModelInput:
+    def fill(
+        self,
+        batch: Batch,
+        embeddings: Mapping[bytes, torch.Tensor] | None = None,
+        rung: Rung | None = None,
+    ) -> ModelInput:
         """Write ids, positions, slots and block tables of `batch`.
 
-        embeddings: [num_tokens, hidden] of the media whose placeholders are in the batch, by content key.
+        Args:
+            embeddings: [num_tokens, hidden] of the media whose placeholders are in the batch, by content key.
+            rung: of a decode step, the size it is padded to, by sequences that see and write nothing.
         """
         width = max((len(chunk.request.block_table) for chunk in batch.chunks), default=0)
+        width = width if rung is None else rung.table_width
         rows: list[int] = []
         media: list[torch.Tensor] = []
         starts, lens = self._starts_lens
@@ -73,8 +83,12 @@ class InputBuffers:
             rows.extend(at + position - chunk.start for position in chunk.logit_positions)
             starts[i + 1], lens[i] = end, chunk.end
             at = end
-        self._numbers[3, : len(rows)] = rows
         count = len(batch.chunks)
+        if rung is not None:
+            self._fill_padding(slice(count, rung.num_seqs), width)
+            rows.extend(range(count, rung.num_seqs))
+            count = at = rung.num_seqs
+        self._numbers[3, : len(rows)] = rows
         ids, places, slots = self._tokens[:3, :at].to(self.device).unbind()
         positions = places if self.num_sections == 1 else self._sectioned(batch, at)
         attention = AttentionInput(
@@ -100,6 +114,15 @@ class InputBuffers:
         ids[:] = chunk.request.token_ids[chunk.start : chunk.end]
         places[:] = np.arange(chunk.start, chunk.end)
         slots[:] = table[places // self.block_size] * self.block_size + places % self.block_size
+
+    def _fill_padding(self, where: slice, width: int) -> None:
+        """Sequences of one token and no context."""
+        starts, lens = self._starts_lens
+        self._numbers[:2, where] = 0
+        self._numbers[2, where] = -1
+        starts[where.start + 1 : where.stop + 1] = np.arange(where.start + 1, where.stop + 1)
+        lens[where] = 0
+        self._table_numbers[where.start * width : where.stop * width] = 0
 
     def _fill_media(
         self, chunk: Chunk, at: int, num_rows: int, embeddings: Mapping[bytes, torch.Tensor]
@@ -127,4 +150,5 @@ class InputBuffers:
         for chunk in batch.chunks:
             numbers[:, at : at + chunk.num_tokens] = chunk.request.positions_of(chunk.start, chunk.end)
             at += chunk.num_tokens
+        numbers[:, at:] = 0
         return positions.to(self.device)

@@ -56,7 +56,7 @@ def load_media(
     hearing = None if audio is None else load_audio(checkpoint, audio, decoder, dtype, device, num_threads)
     tower = load_vision(checkpoint, vision, decoder, dtype, device, num_threads)
     # What embeddings depend on beside the medium; the media's keys hold the processors' settings.
-    salt = f"{dtype} {isa()} {vision} {audio}"
+    salt = f"{dtype} {isa(device)} {vision} {audio}"
     return MediaParts(
         MediaInput(vision, audio),
         MediaReader(sees, hears),
@@ -81,7 +81,7 @@ def _load_molecules(
 ) -> MediaParts:
     encoder = load_molecule(checkpoint, decoder, device, config.num_threads or torch.get_num_threads())
     names = read_molecule_processor(checkpoint.path, encoder.num_queries, encoder.unimol.num_tokens)
-    salt = f"{dtype} {isa()} {checkpoint.molecule}"
+    salt = f"{dtype} {isa(device)} {checkpoint.molecule}"
     cache = _encoder_cache(config, checkpoint, salt)
     limits = MoleculeLimits(timeout=config.conformer_timeout)
     return MediaParts(

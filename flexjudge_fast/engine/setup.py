@@ -13,6 +13,8 @@ from flexjudge_fast.engine.config import (
     pick_device,
     pick_dtype,
 )
+from flexjudge_fast.engine.encoder_runner import EncoderRunner
+from flexjudge_fast.engine.gpu_setup import make_gpu_runner
 from flexjudge_fast.engine.input_buffers import InputBuffers
 from flexjudge_fast.engine.media_setup import load_media
 from flexjudge_fast.engine.model_runner import ModelRunner, kv_bytes_per_token
@@ -20,7 +22,9 @@ from flexjudge_fast.engine.prompts import PromptEncoder
 from flexjudge_fast.engine.scheduler import Scheduler, SchedulerLimits
 from flexjudge_fast.errors import CheckpointError, InvalidArgumentError
 from flexjudge_fast.models.config import DecoderConfig, model_config, read_decoder_config
+from flexjudge_fast.models.decoder import Decoder
 from flexjudge_fast.models.mol_llama import MolLlamaCheckpoint
+from flexjudge_fast.models.packed import PackedModel
 from flexjudge_fast.models.registry import load_model, open_model
 from flexjudge_fast.ops.backend import isa, uses_triton
 from flexjudge_fast.prompts.chat_template import ChatTemplate
@@ -90,9 +94,8 @@ def load_parts(
     media = load_media(checkpoint, run, decoder, picked, where, config, ignore_config)
     checkpoint.start_hashing()
     kv_dtype = KV_CACHE_DTYPES.get(config.kv_cache_dtype, picked)
-    block_bytes = config.block_size * kv_bytes_per_token(decoder, kv_dtype)
-    num_blocks = num_kv_blocks(config, block_bytes, max_len, where)
-    buffers = _buffers(config, decoder, max_len, where)
+    encoder = None if media is None else media.encoder
+    runner, num_blocks = _runner(network, kv_dtype, config, max_len, where, encoder)
     limits = SchedulerLimits(
         config.block_size, config.max_batched_tokens, config.max_num_seqs, config.prefix_caching
     )
@@ -110,18 +113,29 @@ def load_parts(
         eos_ids=_eos_ids(checkpoint, tokenizer),
         masked_ids=checkpoint.masked_token_ids if isinstance(checkpoint, MolLlamaCheckpoint) else (),
         max_model_len=max_len,
-        arithmetic=f"{isa()}, activations {config.activations}, kv cache {_name(kv_dtype)}",
+        arithmetic=f"{isa(where)}, activations {config.activations}, kv cache {_name(kv_dtype)}",
         scheduler=Scheduler(limits, num_blocks),
-        runner=ModelRunner(
-            network,
-            kv_dtype,
-            num_blocks,
-            config.block_size,
-            buffers,
-            where,
-            None if media is None else media.encoder,
-        ),
+        runner=runner,
     )
+
+
+def _runner(
+    network: Decoder | PackedModel,
+    kv_dtype: torch.dtype,
+    config: EngineConfig,
+    max_len: int,
+    device: torch.device,
+    encoder: EncoderRunner | None,
+) -> tuple[ModelRunner, int]:
+    """What runs steps, and how many KV blocks it has."""
+    if isinstance(network, Decoder) and device.type == "cuda":
+        return make_gpu_runner(network, kv_dtype, config, max_len, device, encoder)
+    if kv_dtype == torch.float8_e4m3fn:
+        raise InvalidArgumentError('kv_cache_dtype="fp8" needs a GPU')
+    block_bytes = config.block_size * kv_bytes_per_token(network.config, kv_dtype)
+    num_blocks = num_kv_blocks(config, block_bytes, max_len)
+    buffers = _buffers(config, network.config, max_len, device)
+    return ModelRunner(network, kv_dtype, num_blocks, config.block_size, buffers, device, encoder), num_blocks
 
 
 def _quantization(name: str | None, device: torch.device) -> Quantization | ActivationQuantization | None:

@@ -6,6 +6,7 @@ import torch
 
 from flexjudge_fast.layers.linear import Linear
 from flexjudge_fast.ops.attention_plan import AttentionPlan
+from flexjudge_fast.ops.flash_attention import FlashPlan
 from flexjudge_fast.ops.paged_attention import paged_attention
 from flexjudge_fast.ops.rotary_kv import RotaryAngles, rotary_kv
 
@@ -21,7 +22,7 @@ class AttentionInput:
     context_lens: torch.Tensor  # [num_seqs] int64, on the CPU: new tokens included
     max_context: int  # the largest of context_lens
     media: torch.Tensor | None = None  # [num_media, hidden]: embeddings that stand for placeholders
-    plan: AttentionPlan | None = None  # for the attention kernels of a GPU
+    plan: AttentionPlan | FlashPlan | None = None  # of the attention backend of a GPU
 
 
 class Attention:

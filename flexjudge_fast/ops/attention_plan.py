@@ -38,7 +38,7 @@ class AttentionPlan:
         Raises:
             ValueError: they have not.
         """
-        if plan.lengths != tuple(map(len, (self.items, self.order, self.merges, self.tiles))):
+        if plan.lengths != tuple(len(x) for x in (self.items, self.order, self.merges, self.tiles)):
             raise ValueError("the plans' lists differ in length: give plan_attention the same limits")
         self.buffer.copy_(torch.from_numpy(plan.buffer))
 
@@ -86,9 +86,30 @@ class HostPlan:
 
     def to(self, device: torch.device | str) -> AttentionPlan:
         """One copy to the device."""
-        buffer = torch.from_numpy(self.buffer).to(device)
-        lists = buffer.split(self.lengths)
-        return AttentionPlan(buffer, *lists, self.group, self.decode_rows, self.prefill_rows)
+        buffer = torch.from_numpy(self.buffer).to(device, non_blocking=True)
+        items, order, merges, tiles = buffer.split(self.lengths)
+        return AttentionPlan(
+            buffer, items, order, merges, tiles, self.group, self.decode_rows, self.prefill_rows
+        )
+
+
+@dataclass(frozen=True)
+class TileRows:
+    """(token, head) pairs that one program of the kernels takes, for a layer on the current device."""
+
+    prefill: int
+    decode: int
+    shared: int  # decode, where sequences have blocks in common
+
+
+def tile_rows(
+    dtype: torch.dtype, kv_dtype: torch.dtype, block_size: int, heads: int, kv_heads: int, head_dim: int
+) -> TileRows:
+    """As the kernels' tile tables say. ValueError: no kernel is for these."""
+    from flexjudge_fast.kernels.attention_sizes import attention_sizes
+
+    sizes = attention_sizes(dtype, kv_dtype, block_size, heads, kv_heads, head_dim)
+    return TileRows(*(part["BLOCK_M"] for part in (sizes.prefill, sizes.decode, sizes.shared)))
 
 
 def plan_attention(
@@ -139,8 +160,8 @@ def plan_attention(
         items, order = (np.pad(x, ((0, max_items - len(x)), (0, 0))) for x in (items, order))
     tiles = _prefill_tiles(starts, lens, new, prefill_rows // group)
     lists = (items, order, merges, tiles)
-    a, b, c, d = map(len, lists)
-    return HostPlan(np.concatenate(lists).astype(np.int32), (a, b, c, d), group, rows_per_tile, prefill_rows)
+    lengths = (len(items), len(order), len(merges), len(tiles))
+    return HostPlan(np.concatenate(lists).astype(np.int32), lengths, group, rows_per_tile, prefill_rows)
 
 
 def _decode_lists(

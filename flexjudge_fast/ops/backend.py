@@ -60,6 +60,21 @@ def one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def isa() -> str:
-    """The instruction set whose kernels run, or "reference" for plain torch."""
+def isa(device: torch.device) -> str:
+    """The instruction set whose kernels run there, or "reference" for plain torch."""
+    if uses_triton(torch.empty(0, device=device)):
+        from flexjudge_fast.kernels.chips import capability
+
+        return f"triton sm_{capability()}" if capability() else "triton, interpreted"
     return str(torch.ops.flexjudge.isa()) if has_compiled_ops() else "reference"
+
+
+def use_kernel_bundle(folder: Path) -> None:
+    """Take Triton's kernels from a folder, in this process, before any is compiled.
+
+    Raises:
+        KernelBundleError: it was made for another GPU, or another version of the kernels.
+    """
+    from flexjudge_fast.kernels.bundle import use_bundle
+
+    use_bundle(folder)

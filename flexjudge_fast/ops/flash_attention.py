@@ -29,13 +29,13 @@ class HostFlashPlan:
 
     def to(self, device: torch.device | str) -> FlashPlan:
         p = self.plan
-        moved = (x.to(device, non_blocking=True) for x in (p.query_start, p.key_start, p.tables))
-        return FlashPlan(*moved, p.max_query, p.max_context)
+        start, keys, tables = (
+            x.to(device, non_blocking=True) for x in (p.query_start, p.key_start, p.tables)
+        )
+        return FlashPlan(start, keys, tables, p.max_query, p.max_context)
 
 
-def check_flash_attention(
-    dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int, block_size: int
-) -> None:
+def check_flash_attention(dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int, block_size: int) -> None:
     """Raise InvalidArgumentError if flash-attn is missing, or cannot read such a cache."""
     name = "attention_backend='flash-attn'"
     if find_spec("flash_attn") is None:
@@ -68,9 +68,7 @@ def plan_flash_attention(
     )
 
 
-def flash_attention(
-    query: torch.Tensor, cache: torch.Tensor, plan: FlashPlan, scale: float
-) -> torch.Tensor:
+def flash_attention(query: torch.Tensor, cache: torch.Tensor, plan: FlashPlan, scale: float) -> torch.Tensor:
     """`paged_attention` through flash-attn.
 
     Args:

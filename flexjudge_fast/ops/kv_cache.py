@@ -16,33 +16,35 @@ from collections.abc import Sequence
 import torch
 
 _SCALE_BYTES = 4  # a float32, kept behind the codes
-_LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # codes of the formats that have scales
+_LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # the largest code of caches with a byte an element
 
 
 def kv_row_size(head_dim: int, dtype: torch.dtype) -> int:
     """Elements that one token's keys (or values) of one KV head take in a cache of `dtype`."""
-    return head_dim + _SCALE_BYTES if dtype in _LARGEST else head_dim
+    return head_dim + _SCALE_BYTES if dtype in _LIMITS else head_dim
 
 
 def quantize_kv(x: torch.Tensor, dtype: torch.dtype = torch.int8) -> tuple[torch.Tensor, torch.Tensor]:
-    """What an 8-bit cache makes of rows [..., head_dim]: symmetric, the largest magnitude becomes 127 or 448.
+    """What an 8-bit cache makes of rows [..., head_dim]: symmetric, the largest magnitude becomes 127.
+
+    In float8_e4m3fn it becomes 448.
 
     Returns:
-        codes [..., head_dim] and float32 scales [..., 1]. A row with NaN or infinity gets the scale NaN.
+        Codes [..., head_dim] and float32 scales [..., 1]. A row with NaN or infinity gets the scale NaN.
     """
     x = x.float()
     largest = x.abs().amax(-1, keepdim=True)
-    limit = torch.full_like(largest, _LARGEST[dtype])  # `127 / largest` would round twice
+    limit = torch.full_like(largest, _LIMITS[dtype])  # `127 / largest` would round twice
     inverse = torch.where(largest >= 1e-30, limit / largest, 0.0)
     codes = (x * inverse).nan_to_num()
-    codes = codes.round().to(dtype) if dtype == torch.int8 else codes.clamp(-limit, limit).to(dtype)
+    codes = codes.round().to(dtype) if dtype == torch.int8 else codes.clamp(-448, 448).to(dtype)
     scales = torch.where(largest >= 1e-30, largest / limit, 0.0)
     return codes, torch.where(x.isfinite().all(-1, keepdim=True), scales, torch.nan)
 
 
 def to_kv_rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Keys or values [..., head_dim] as a cache of `dtype` stores them, [..., row_size]."""
-    if dtype not in _LARGEST:
+    if dtype not in _LIMITS:
         return x.to(dtype)
     codes, scales = quantize_kv(x, dtype)
     return torch.cat((codes.view(torch.int8), scales.view(torch.int8)), -1).view(dtype)
@@ -50,7 +52,7 @@ def to_kv_rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def from_kv_rows(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The keys or values that a cache's rows [..., row_size] stand for, [..., head_dim]."""
-    if rows.dtype not in _LARGEST:
+    if rows.dtype not in _LIMITS:
         return rows.to(dtype)
     exact = torch.promote_types(dtype, torch.float32)
     codes, scales = rows[..., :-_SCALE_BYTES], rows[..., -_SCALE_BYTES:].contiguous().view(torch.float32)

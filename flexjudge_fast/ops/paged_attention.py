@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from flexjudge_fast.ops.attention_plan import AttentionPlan
-from flexjudge_fast.ops.backend import uses_triton
+from flexjudge_fast.ops.flash_attention import FlashPlan, flash_attention
 from flexjudge_fast.ops.kv_cache import from_kv_rows
 
 
@@ -17,7 +17,7 @@ def paged_attention(
     query_start: torch.Tensor,
     context_lens: torch.Tensor,
     scale: float,
-    plan: AttentionPlan | None = None,
+    plan: AttentionPlan | FlashPlan | None = None,
 ) -> torch.Tensor:
     """Softmax attention with grouped-query heads (GQA, Ainslie et al. 2023).
 
@@ -31,12 +31,14 @@ def paged_attention(
         query_start: [num_seqs + 1] int64, offsets into `query`.
         context_lens: [num_seqs] int64, tokens in the cache including the new ones.
         scale: factor on the scores, positive, usually `head_dim ** -0.5`.
-        plan: of this step; the Triton kernels, which run where the query is on a GPU, need it.
+        plan: of this step, for the Triton kernels or for flash-attn; plain torch computes without.
 
     Returns:
         [num_tokens, num_heads, head_dim], dtype of `query`.
     """
-    if uses_triton(query):
+    if isinstance(plan, FlashPlan):
+        return flash_attention(query, cache, plan, scale)
+    if plan is not None:
         from flexjudge_fast.kernels.paged_attention import paged_attention as kernel
 
         return kernel(query, cache, block_tables, query_start, context_lens, scale, plan)

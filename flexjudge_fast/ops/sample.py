@@ -75,8 +75,8 @@ def sample_on_device(
 ) -> torch.Tensor:
     """`sample_tokens` for draws that each have banned ids of their own; the tokens stay where the logits are.
 
-    On a GPU nothing is waited for, and sums are in float32: a draw within a millionth of the border between
-    two tokens may fall to the other.
+    A row with NaN gives any token. On a GPU nothing is waited for, and sums are in float32: a draw within a
+    millionth of the border between two tokens may fall to the other.
 
     Returns:
         [num_draws] int64.
@@ -91,7 +91,11 @@ def sample_on_device(
         return kernel(
             logits, integers.to(device, non_blocking=True), floats.to(device, non_blocking=True), masks.bits
         )
-    found = [sample_reference(logits[d.row], d, ids) for d, ids in zip(draws, banned, strict=True)]
+    rows = [logits[draw.row] for draw in draws]
+    found = [
+        0 if row.isnan().any() else sample_reference(row, draw, ids)
+        for row, draw, ids in zip(rows, draws, banned, strict=True)
+    ]
     return torch.tensor(found, dtype=torch.int64, device=logits.device)
 
 

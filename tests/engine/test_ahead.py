@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from flexjudge_fast import Engine, Judge, Judgement, SamplingParams
+from flexjudge_fast.engine.attention_plans import NoPlanner
 from flexjudge_fast.engine.config import EngineConfig
 from flexjudge_fast.engine.engine import EngineInput
 from flexjudge_fast.engine.gpu_runner import GpuRunner
@@ -41,7 +42,9 @@ def make_engine(folder, ahead, num_blocks=200, bad_share=0.0, max_len=256, **lim
     model, common = HashModel(decoder, bad_share), (torch.float32, num_blocks, BLOCK)
     if ahead:
         rows, ladder = config.max_batched_tokens, GraphLadder(6, width)
-        runner = GpuRunner(model, *common, lambda: InputBuffers(*sizes), rows, FakeDevice(), ladder=ladder)
+        runner = GpuRunner(
+            model, *common, lambda: InputBuffers(*sizes), rows, FakeDevice(), NoPlanner(), ladder=ladder
+        )
     else:
         runner = ModelRunner(model, *common, InputBuffers(*sizes), torch.device("cpu"))
     scheduler = Scheduler(parts.scheduler.limits, num_blocks)

@@ -16,7 +16,7 @@ from tests.interpreted import add_in_order, count_loads
 
 NUM_CASES = 200 * int(os.environ.get("FLEXJUDGE_SWEEP", "1"))
 NUM_PARTS = 10
-CONTEXTS = (1, 2, 16, 31, 64, 65, 100, 255, 256, 257, 300)
+CONTEXTS = (1, 2, 16, 31, 50, 64, 65, 100, 255, 256, 257)
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ def _case(seed: int, caches: tuple[str, ...] = tuple(CACHES)) -> Case:
         return values[int(torch.randint(len(values), (1,), generator=g))]
 
     shares = seed % 2 == 0
-    num_seqs = pick((2, 3, 5, 9)) if shares else pick((1, 2, 3))
+    num_seqs = pick((2, 2, 3, 3, 4, 9)) if shares else pick((1, 2, 3))
     context_lens = [pick(CONTEXTS) for _ in range(num_seqs)]
     shared = []
     if shares:
@@ -101,7 +101,7 @@ def test_loads_are_those_of_the_catalog(cache, shares, monkeypatch):
     paged_attention(case.query, stored, case.block_tables, case.starts, lens, case.scale, plan.to("cpu"))
     expected = decode_bytes(shape, plan)
     assert {name: counts[name] for name in ("cache", "query")} == {n: expected[n] for n in ("cache", "query")}
-    read_once = sum(context_lens) - (3 * 256 + 256 if shares else 0)  # 256 by four, 256 more by two
+    read_once = sum(context_lens) - (3 * 256 if shares else 0)  # the first chunk, by four
     assert counts["cache"] == 2 * read_once * 2 * case.cache.shape[-1] * case.cache.element_size()
 
 

@@ -1,0 +1,24 @@
+"""The GPU's bench where there is none: it says so, and its table can be read."""
+
+import pytest
+import torch
+
+from bench.gpu import KernelRow, main, show_kernels
+
+
+def test_it_says_that_there_is_no_gpu(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    assert main([]) == 2
+    assert "make kernels" in capsys.readouterr().err
+
+
+def test_the_table(capsys):
+    rows = [
+        KernelRow("linear", "qkv, bf16", 1, 20.0, 10.0, {"torch bf16": 30.0}),
+        KernelRow("sample", "16 rows", 16, 300.0, 3.0, {}),
+    ]
+    show_kernels(rows)
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert "50%" in lines[1] and "torch bf16 1.50x" in lines[1]
+    assert lines[2].split()[-2:] == ["3.0", "1%"]
