@@ -126,7 +126,8 @@ def _places(given: object) -> list[list[float]]:
     except (ValueError, TypeError) as error:
         raise MediaError(f"coordinates: {error}") from error
     check_places(array)
-    return array.tolist()  # type: ignore[return-value]
+    places: list[list[float]] = array.tolist()
+    return places
 
 
 def _symbols(given: object, count: int) -> list[str]:

@@ -52,7 +52,8 @@ _Places = tuple[list[str], NDArray[np.float64]]
 
 def _parse(data: bytes, request: dict[str, Any], limits: MoleculeLimits) -> tuple[Any, _Places | None]:
     """The molecule without its hydrogens; and atoms with places, where they are known."""
-    symbols, coordinates = request.get("symbols"), request.get("coordinates")
+    symbols: Any = request.get("symbols")
+    coordinates: Any = request.get("coordinates")
     if request["form"] == "atoms":
         limits.check_atoms(sum(symbol != "H" for symbol in symbols), len(symbols))
         mol = _from_atoms(symbols, coordinates, request.get("charge", 0))

@@ -134,8 +134,8 @@ class _Reply:
             soon = min(deadline, time.monotonic() + self.limits.parse_timeout)
             try:
                 header, _ = receive(peer, deadline=soon)
-            except TimeoutError as error:
-                raise MediaError(f"parsing takes longer than {self.limits.parse_timeout:g} s") from error
+            except TimeoutError as late:
+                raise MediaError(f"parsing takes longer than {self.limits.parse_timeout:g} s") from late
         else:
             header, _ = receive(peer, deadline=deadline)
         match header:

@@ -44,7 +44,7 @@ NUMBERS = [
 
 def mutate_smiles(rng: random.Random, text: str) -> str:
     chars = list(text)
-    for _ in range(rng.choice([1, 1, 2, 3, 8])):
+    for _ in range(rng.choice([1, 1, 1, 2, 8])):
         at = rng.randrange(len(chars) + 1)
         match rng.randrange(5):
             case 0:
@@ -62,7 +62,7 @@ def mutate_smiles(rng: random.Random, text: str) -> str:
 
 def mutate_block(rng: random.Random, text: str) -> str:
     lines = text.split("\n")
-    for _ in range(rng.choice([1, 2, 4])):
+    for _ in range(rng.choice([1, 1, 2])):
         at = rng.randrange(len(lines))
         fields = lines[at].split(" ")
         match rng.randrange(5):
@@ -125,7 +125,7 @@ def test_mutated_molecules() -> None:
         what for what, _ in outcomes if "crashed" in what or "nonsense" in what or "longer than" in what
     ]
     assert (
-        NUM_TEXTS / 10 < len(refused) < NUM_TEXTS * 0.9
+        NUM_TEXTS / 10 < len(refused) < NUM_TEXTS * 0.95
     )  # the mutations are neither too weak nor too strong
 
 
