@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from bench.engines import MissingError, prompt
+from bench.engines import MissingError, prompt, short_prompts
 from bench.pairs import RUBRIC, make_pairs
 from bench.vision_models import write_tokenizer
 
@@ -124,7 +124,7 @@ def _speeds(generate: Any) -> dict[str, float]:
         generate([prompt(length)], 1)
         found[f"prefill {length}, tok/s"] = length / min(generate([prompt(length)], 1) for _ in range(3))
     for batch in BATCHES:
-        prompts = [[i + 1, 2, 3] for i in range(batch)]
+        prompts = short_prompts(batch)
         generate(prompts, STEPS)
         once = min(generate(prompts, 1) for _ in range(3))
         steps = min(generate(prompts, STEPS + 1) for _ in range(3)) - once

@@ -6,20 +6,17 @@ python -m bench.molecules [threads] [rounds]
 import statistics
 import sys
 import time
-from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 
+from bench.vision_models import InMemory
 from flexjudge_fast.models.mol_llama_config import MolLlamaConfig, QFormerConfig
 from flexjudge_fast.models.molecule_encoder import MoleculeEncoder
 from flexjudge_fast.models.molecule_graph import MoleculeGraph
 from flexjudge_fast.models.molecule_loader import EncoderLoader
 from flexjudge_fast.models.molecule_stm import EDGE_SIZES, NODE_SIZES
 from flexjudge_fast.ops.backend import has_compiled_ops
-from flexjudge_fast.weights.checkpoint import Checkpoint
-from flexjudge_fast.weights.tensor import DenseTensor, Weight
 
 COUNT, LLM_HIDDEN = 64, 4096
 CONFIG = MolLlamaConfig("", 8, 32.0, 4, 8, QFormerConfig(8, 2, 12, 768, 12, 3072, 1e-12))
@@ -27,28 +24,15 @@ _UNIMOL, _STM = "encoder.graph_encoder.unimol.", "encoder.graph_encoder.molecule
 Shapes = dict[str, tuple[int, ...]]
 
 
-class RandomCheckpoint(Checkpoint):
-    """Tensors of given shapes; norms near one, the rest small."""
+def random_tensors(shapes: Shapes) -> dict[str, torch.Tensor]:
+    """Norms near one, the rest small."""
 
-    def __init__(self, shapes: Shapes) -> None:
-        super().__init__()
-        self.path = Path("random")
-        self.shapes = shapes
-
-    def tensor_names(self) -> Sequence[str]:
-        return tuple(self.shapes)
-
-    def tensor(self, name: str) -> Weight:
-        shape = self.shapes[name]
+    def draw(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         if name.endswith("var") or (len(shape) == 1 and name.endswith("weight")):
-            return DenseTensor(torch.ones(shape))
-        return DenseTensor(torch.randn(shape) * (shape[-1] ** -0.5 if len(shape) > 1 else 0.1))
+            return torch.ones(shape)
+        return torch.randn(shape) * (shape[-1] ** -0.5 if len(shape) > 1 else 0.1)
 
-    def tokenizer_json(self) -> str:
-        raise NotImplementedError
-
-    def weight_files(self) -> Sequence[Path]:
-        return []
+    return {name: draw(name, shape) for name, shape in shapes.items()}
 
 
 def published_shapes() -> Shapes:
@@ -159,10 +143,9 @@ def main(threads: int = 2, rounds: int = 3) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(threads)
     graphs = [drug_like(np.random.default_rng(seed)) for seed in range(COUNT)]
-    encoders = {}
+    encoders, checkpoint = {}, InMemory(random_tensors(published_shapes()))
     for name, count in (("plain torch, one by one", None), ("ours", threads)):
-        torch.manual_seed(0)
-        load = EncoderLoader(RandomCheckpoint(published_shapes()), torch.device("cpu"), count)
+        load = EncoderLoader(checkpoint, torch.device("cpu"), count)
         encoders[name] = MoleculeEncoder(CONFIG, load, LLM_HIDDEN)
     samples: dict[str, list[float]] = {name: [] for name in encoders}
     found = {name: encoder.encode(graphs[:2]) for name, encoder in encoders.items()}

@@ -86,12 +86,8 @@ def score(
 ) -> None:
     """Score one response."""
     options = _checked(judgement_options, locals())
-    _judge_one(
-        "score",
-        instruction,
-        [response] if response is not None else [],
-        _Call(model, as_json, options, judge_backbone),
-    )
+    responses = [response] if response is not None else []
+    _judge_one("score", instruction, responses, _Call(model, as_json, options, judge_backbone))
 
 
 def _command_for(kind: str, text: str) -> None:
@@ -219,12 +215,13 @@ def info(
 
 def _reads(config: dict[str, Any]) -> str:
     from flexjudge_fast.models.audio_config import read_audio_config
+    from flexjudge_fast.models.mol_llama_config import is_mol_llama
     from flexjudge_fast.models.vision_config import read_vision_config
 
     kinds = ["text"]
     kinds += [] if read_vision_config(config) is None else ["image", "video"]
     kinds += [] if read_audio_config(config) is None else ["audio"]
-    kinds += ["molecule"] if config.get("architectures") == ["MolLLaMA"] else []
+    kinds += ["molecule"] if is_mol_llama(config) else []
     return ", ".join(kinds)
 
 

@@ -77,13 +77,12 @@ def _report(out: Path) -> int:
 def _shape_of(model: str) -> ModelShape:
     """The sizes that a checkpoint's config.json gives."""
     from flexjudge_fast.models.config import model_config, read_decoder_config
+    from flexjudge_fast.models.vision_config import read_vision_config
     from flexjudge_fast.weights.checkpoint import open_checkpoint
 
     run = model_config(open_checkpoint(model).config)
     decoder = read_decoder_config(run)
-    vision = run.get("vision_config") or {}
-    heads = int(vision.get("num_heads", 0))
-    hidden = int(vision.get("hidden_size", 0))
+    vision = read_vision_config(run)
     return ModelShape(
         hidden=decoder.hidden_size,
         num_heads=decoder.num_heads,
@@ -91,10 +90,10 @@ def _shape_of(model: str) -> ModelShape:
         head_dim=decoder.head_dim,
         intermediate=decoder.intermediate_size,
         vocab=decoder.vocab_size,
-        vision_hidden=hidden,
-        vision_heads=heads,
-        vision_head_dim=hidden // heads if heads else 0,
-        vision_intermediate=int(vision.get("intermediate_size", 0)),
+        vision_hidden=vision.hidden_size if vision else 0,
+        vision_heads=vision.num_heads if vision else 0,
+        vision_head_dim=vision.head_dim if vision else 0,
+        vision_intermediate=vision.intermediate_size if vision else 0,
     )
 
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # of `ModelShape.weights`
+
 
 @dataclass(frozen=True)
 class ModelShape:

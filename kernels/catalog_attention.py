@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flexjudge_fast.kernels.attention_sizes import attention_sizes
 from flexjudge_fast.kernels.catalog import Launch, ModelShape
 from flexjudge_fast.kernels.paged_attention import paged_attention
-from flexjudge_fast.ops.attention_plan import CHUNK, HostPlan, plan_attention
+from flexjudge_fast.ops.attention_plan import CHUNK, HostPlan, plan_attention, tile_rows
 from flexjudge_fast.ops.kv_cache import kv_row_size
 
 # New tokens, contexts, and how many tokens of these all sequences have in common.
@@ -56,15 +55,15 @@ def plan_step(
 ) -> HostPlan:
     """The plan of a step on the current architecture. shared: with tiles for prefixes in common."""
     heads, kv_heads = shape.num_heads, shape.num_kv_heads
-    sizes = attention_sizes(shape.dtype, shape.kv_dtype, shape.block_size, heads, kv_heads, shape.head_dim)
+    rows = tile_rows(shape.dtype, shape.kv_dtype, shape.block_size, heads, kv_heads, shape.head_dim)
     return plan_attention(
         starts,
         lens,
         tables,
         shape.block_size,
         heads // kv_heads,
-        (sizes.shared if shared else sizes.decode)["BLOCK_M"],
-        prefill_rows=sizes.prefill["BLOCK_M"],
+        rows.shared if shared else rows.decode,
+        prefill_rows=rows.prefill,
     )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from flexjudge_fast.kernels.catalog import Launch, ModelShape
+from flexjudge_fast.kernels.catalog import EIGHT_BITS, Launch, ModelShape
 from flexjudge_fast.kernels.linear import linear
 from flexjudge_fast.kernels.linear_w4a16 import linear_w4a16
 from flexjudge_fast.kernels.linear_w8a8 import linear_w8a8
@@ -12,7 +12,6 @@ from flexjudge_fast.kernels.quantize_tokens import quantize_tokens
 from flexjudge_fast.kernels.runs import plan_runs, workspace_bytes
 
 TOKENS = (1, 16, 64, 512)
-_EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 def launches(shape: ModelShape, device: str = "meta") -> Iterator[Launch]:
@@ -28,7 +27,7 @@ def launches(shape: ModelShape, device: str = "meta") -> Iterator[Launch]:
         for name, (rows, columns, has_bias) in matrices.items():
             yield _product(shape, name, rows, columns, has_bias, tokens, device)
         yield _product(dense, "lm head", shape.vocab, shape.hidden, False, tokens, device)
-        if shape.weights in _EIGHT_BITS:
+        if shape.weights in EIGHT_BITS:
             for columns in sorted({columns for _, columns, _ in matrices.values()}):
                 yield _quantisation(shape, columns, tokens, device)
 
@@ -68,9 +67,9 @@ def _product(
         words = torch.empty(columns // group, rows, dtype=torch.int32, device=device)
         weight_bytes, inputs = codes.nbytes + words.nbytes, x.nbytes
         run = lambda: linear_w4a16(x, codes, words, rows, group, False, False, bias)  # noqa: E731
-    elif shape.weights in _EIGHT_BITS:
+    elif shape.weights in EIGHT_BITS:
         kernel = f"linear_{shape.weights}"
-        weight = torch.empty(rows, columns, dtype=_EIGHT_BITS[shape.weights], device=device)
+        weight = torch.empty(rows, columns, dtype=EIGHT_BITS[shape.weights], device=device)
         scales = torch.empty(rows, device=device)
         tokens_x, token_scales = x.to(weight.dtype), torch.empty(tokens, device=device)
         weight_bytes, inputs = weight.nbytes + scales.nbytes, tokens_x.nbytes + token_scales.nbytes
@@ -82,7 +81,7 @@ def _product(
         run = lambda: linear(x, dense, bias)  # noqa: E731
     least, moved = product_bytes(kernel, rows, columns, weight_bytes, inputs + outputs, tokens)
     return Launch(
-        kernel="linear_w8a8" if shape.weights in _EIGHT_BITS else kernel,
+        kernel="linear_w8a8" if shape.weights in EIGHT_BITS else kernel,
         case=f"{name}, {shape.weights}, {tokens} tokens",
         run=lambda: _discard(run()),
         tokens=tokens,
@@ -99,7 +98,7 @@ def _quantisation(shape: ModelShape, columns: int, tokens: int, device: str) -> 
     return Launch(
         kernel="quantize_tokens",
         case=f"{columns} columns, {shape.weights}, {tokens} tokens",
-        run=lambda: _discard(quantize_tokens(x, _EIGHT_BITS[shape.weights])),
+        run=lambda: _discard(quantize_tokens(x, EIGHT_BITS[shape.weights])),
         tokens=tokens,
         num_bytes=num_bytes,
         moved_bytes=num_bytes,

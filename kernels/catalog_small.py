@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from flexjudge_fast.kernels.catalog import Launch, ModelShape
+from flexjudge_fast.kernels.catalog import EIGHT_BITS, Launch, ModelShape
 from flexjudge_fast.kernels.embedding import embedding
 from flexjudge_fast.kernels.rms_norm import add_rms_norm, add_rms_norm_quantized, rms_norm, rms_norm_quantized
 from flexjudge_fast.kernels.rotary_kv import rotary_kv
@@ -17,7 +17,6 @@ from flexjudge_fast.ops.segment_attention import Segments
 
 TOKENS = (1, 16, 512)
 PATCHES, WINDOW, FRAME = 4096, 64, 1024
-_EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 def launches(shape: ModelShape, device: str = "meta") -> Iterator[Launch]:
@@ -26,7 +25,7 @@ def launches(shape: ModelShape, device: str = "meta") -> Iterator[Launch]:
     device: "meta" to compile; "cuda" for tensors that can be run.
     """
     for tokens in TOKENS:
-        yield from _norms(shape, shape.hidden, tokens, device, shape.weights in _EIGHT_BITS)
+        yield from _norms(shape, shape.hidden, tokens, device, shape.weights in EIGHT_BITS)
         for has_media in (False, True):
             yield _embedding(shape, tokens, has_media, device)
         yield _swiglu(shape, shape.intermediate, tokens, device, shape.weights)
@@ -47,7 +46,7 @@ def _norms(shape: ModelShape, hidden: int, tokens: int, device: str, quantizes: 
     runs: dict[str, tuple[int, Callable[[], object]]] = {}  # activations moved, call
     out, case = x.nbytes, ""
     if quantizes:
-        dtype, case = _EIGHT_BITS[shape.weights], f", {shape.weights}"
+        dtype, case = EIGHT_BITS[shape.weights], f", {shape.weights}"
         out = x.numel() + 4 * tokens
         runs["norm"] = (x.nbytes + out, lambda: rms_norm_quantized(x, weight, 1e-6, dtype))
         runs["add, norm"] = (
@@ -107,8 +106,8 @@ def _rotary(shape: ModelShape, tokens: int, sections: tuple[int, ...], device: s
 def _swiglu(shape: ModelShape, size: int, tokens: int, device: str, weights: str) -> Launch:
     gate_up = _floats((tokens, 2 * size), shape.dtype, device)
     flops = 6.0 * tokens * size
-    if weights in _EIGHT_BITS:
-        dtype, num_bytes = _EIGHT_BITS[weights], gate_up.nbytes + tokens * (size + 4)
+    if weights in EIGHT_BITS:
+        dtype, num_bytes = EIGHT_BITS[weights], gate_up.nbytes + tokens * (size + 4)
         run = lambda: swiglu_quantized(gate_up, dtype)  # noqa: E731
         return _launch("swiglu", f"{size}, {weights}", run, tokens, num_bytes, flops)
     return _launch("swiglu", str(size), lambda: swiglu(gate_up), tokens, 1.5 * gate_up.nbytes, flops)

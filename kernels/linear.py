@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flexjudge_fast.kernels.runs import locate_tile, plan_runs, sum_runs
+from flexjudge_fast.kernels.runs import locate_tile, plan_runs, store_tile, sum_runs
 
 
 @triton.jit
@@ -92,9 +92,7 @@ def _linear_kernel(
             )  # fmt: skip
     if HAS_BIAS and not PARALLEL:
         total += tl.load(bias_ptr + n, mask=n < N, other=0).to(tl.float32)[:, None]
-    row = (first * num_tokens + t).to(tl.int64)
-    out_ptrs = out_ptr + row[None, :] * N + n[:, None]
-    tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=(n[:, None] < N) & (t[None, :] < num_tokens))
+    store_tile(out_ptr, total, first, n, t, num_tokens, N)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -115,7 +113,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     wide = x.dtype == torch.float32
     name = "linear_float32" if wide else "linear"
     plan = plan_runs(name, rows, columns, weight.nbytes, num_tokens)
-    runs = x.new_empty(plan.num_runs, num_tokens, rows, dtype=torch.float32) if plan.parallel else None
+    runs = plan.workspace(x, rows, torch.float32)
     _linear_kernel[plan.grid(rows, num_tokens)](
         x.contiguous(),
         weight,
@@ -124,12 +122,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         num_tokens,
         N=rows,
         K=columns,
-        NUM_RUNS=plan.num_runs,
-        STEPS=plan.steps,
-        PARALLEL=plan.parallel,
         HAS_BIAS=bias is not None,
         PRECISION="ieee" if wide else "tf32",  # says nothing about 16-bit operands
-        **plan.constants,
+        **plan.arguments,
     )
     if runs is not None:
         sum_runs(runs, out, bias)

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from flexjudge_fast.kernels.linear import dense_run
 from flexjudge_fast.kernels.quantize_tokens import check_float8
-from flexjudge_fast.kernels.runs import locate_tile, plan_runs, sum_runs
+from flexjudge_fast.kernels.runs import locate_tile, plan_runs, store_tile, sum_runs
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -55,9 +55,7 @@ def _linear_w8a8_kernel(
         total = total.to(tl.float32) * x_scale[None, :] * w_scale[:, None]
         if HAS_BIAS:
             total += tl.load(bias_ptr + n, mask=n < N, other=0).to(tl.float32)[:, None]
-    row = (first * num_tokens + t).to(tl.int64)
-    out_ptrs = out_ptr + row[None, :] * N + n[:, None]
-    tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=(n[:, None] < N) & (t[None, :] < num_tokens))
+    store_tile(out_ptr, total, first, n, t, num_tokens, N)
 
 
 def linear_w8a8(
@@ -89,8 +87,7 @@ def linear_w8a8(
     if not num_tokens:
         return out
     plan = plan_runs("linear_int8" if is_int else "linear_fp8", rows, columns, weight.nbytes, num_tokens)
-    partial = torch.int32 if is_int else torch.float32
-    runs = codes.new_empty(plan.num_runs, num_tokens, rows, dtype=partial) if plan.parallel else None
+    runs = plan.workspace(codes, rows, torch.int32 if is_int else torch.float32)
     _linear_w8a8_kernel[plan.grid(rows, num_tokens)](
         codes.contiguous(),
         scales,
@@ -101,12 +98,9 @@ def linear_w8a8(
         num_tokens,
         N=rows,
         K=columns,
-        NUM_RUNS=plan.num_runs,
-        STEPS=plan.steps,
-        PARALLEL=plan.parallel,
         HAS_BIAS=bias is not None,
         enable_fp_fusion=False,  # as `sum_runs`
-        **plan.constants,
+        **plan.arguments,
     )
     if runs is not None:
         sum_runs(runs, out, bias, (weight_scales, scales))

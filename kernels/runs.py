@@ -31,6 +31,15 @@ class Plan:
     parallel: bool
     constants: Mapping[str, int]
 
+    @property
+    def arguments(self) -> dict[str, int]:
+        """Compile-time constants of the product's kernel."""
+        return {"NUM_RUNS": self.num_runs, "STEPS": self.steps, "PARALLEL": self.parallel, **self.constants}
+
+    def workspace(self, x: torch.Tensor, rows: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """[num_runs, num_tokens, rows] for runs that are parallel, beside `x` [num_tokens, columns]."""
+        return x.new_empty(self.num_runs, len(x), rows, dtype=dtype) if self.parallel else None
+
     def grid(self, rows: int, num_tokens: int) -> tuple[int, int]:
         """Programs: tiles of the output, and the runs that have programs of their own."""
         across = triton.cdiv(rows, self.constants["BLOCK_N"])
@@ -87,6 +96,14 @@ def locate_tile(
     rows = (group * GROUP_N + inside % width) * BLOCK_N + tl.arange(0, BLOCK_N)
     tokens = (inside // width) * BLOCK_T + tl.arange(0, BLOCK_T)
     return rows, tokens
+
+
+@triton.jit
+def store_tile(out_ptr, x, run, n, t, num_tokens, N: tl.constexpr):
+    """Write x [BLOCK_N, BLOCK_T] to [num_tokens, N], or to number `run` of as many."""
+    row = (run * num_tokens + t).to(tl.int64)
+    out_ptrs = out_ptr + row[None, :] * N + n[:, None]
+    tl.store(out_ptrs, x.to(out_ptr.dtype.element_ty), mask=(n[:, None] < N) & (t[None, :] < num_tokens))
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

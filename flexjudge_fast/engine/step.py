@@ -188,17 +188,17 @@ class Stepper:
                 _read_distribution(grammar, slot, (), logits[row])
                 for probe in grammar.probes():
                     self._start_fork(request, request.fork_probe(0, probe))
-            draw = draw_of(request.params, row, uniform_of(request, len(request.token_ids)))
             allowed = None if grammar is None else grammar.allowed()
-            if allowed is not None:
-                tokens[request] = sample_among(logits, draw, allowed)
-                continue
             banned = request.masked if grammar is None else grammar.banned()
             drawn = result.drawn.get(request)
-            if drawn is not None and drawn.banned == banned:
+            if allowed is None and drawn is not None and drawn.banned == banned:
                 tokens[request] = drawn.token_id
-            else:
+                continue
+            draw = draw_of(request.params, row, uniform_of(request, len(request.token_ids)))
+            if allowed is None:
                 free[banned][request] = draw
+            else:
+                tokens[request] = sample_among(logits, draw, allowed)
         for banned, draws in free.items():
             found = sample_tokens(logits, list(draws.values()), banned, self.runner.num_threads)
             tokens.update(zip(draws, found, strict=True))
@@ -223,10 +223,8 @@ class Stepper:
 
 def row_ranges(batch: Batch) -> tuple[range, ...]:
     """The rows of a step's logits that belong to each chunk."""
-    ends = accumulate(len(chunk.logit_positions) for chunk in batch.chunks)
-    return tuple(
-        range(end - len(chunk.logit_positions), end) for chunk, end in zip(batch.chunks, ends, strict=True)
-    )
+    counts = [len(chunk.logit_positions) for chunk in batch.chunks]
+    return tuple(range(end - n, end) for n, end in zip(counts, accumulate(counts), strict=True))
 
 
 def uniform_of(request: Request, position: int) -> float:

@@ -88,9 +88,7 @@ class MediaReader:
         self._chemistry = MoleculeDecoder(limits, threads)
         self._pil = threading.Lock()
 
-    def submit(
-        self, item: MediaItem, options: MediaOptions, budget: "TokenBudget | None" = None
-    ) -> "Future[AnyMedia]":
+    def submit(self, item: MediaItem, options: MediaOptions, budget: TokenBudget) -> "Future[AnyMedia]":
         """Start to read; the future raises MediaError where it cannot be read.
 
         budget: of all media of one prompt; what is over it raises RequestTooLargeError.
@@ -169,14 +167,12 @@ def result_of(future: "Future[AnyMedia]") -> AnyMedia:
         raise EngineStateError("this engine is closed") from error
 
 
-def _named(read: _Read, item: MediaItem, options: MediaOptions, budget: TokenBudget | None) -> AnyMedia:
+def _named(read: _Read, item: MediaItem, options: MediaOptions, budget: TokenBudget) -> AnyMedia:
     """Whatever goes wrong is this medium's error, and nobody else's."""
     try:
-        if budget is not None:
-            budget.check(item)
+        budget.check(item)
         media = read(item, options)
-        if budget is not None:
-            budget.spend(media)
+        budget.spend(media)
         return media
     except FlexJudgeError:
         raise

@@ -6,6 +6,8 @@ from typing import Any
 
 from flexjudge_fast.errors import UnsupportedCheckpointError
 from flexjudge_fast.layers.rotary import RopeConfig
+from flexjudge_fast.models.mol_llama_config import MOL_LLAMA, is_mol_llama
+from flexjudge_fast.models.unknown_field import unknown_field
 from flexjudge_fast.weights.quantization import OWN_CONFIG
 
 _MATHS = frozenset(
@@ -69,8 +71,7 @@ _HARMLESS = frozenset(
 # What surrounds the decoder's own fields in a vision-language checkpoint.
 _VISION_LANGUAGE = "Qwen2_5_VLForConditionalGeneration"
 _THINKER = "Qwen2_5OmniThinkerForConditionalGeneration"
-_MOL_LLAMA = "MolLLaMA"
-_LLAMAS = ("LlamaForCausalLM", _MOL_LLAMA)
+_LLAMAS = ("LlamaForCausalLM", MOL_LLAMA)
 _WHOLE_OMNI = ("Qwen2_5OmniForConditionalGeneration", "Qwen2_5OmniModel")  # Thinker, talker and vocoder
 _MULTIMODAL = frozenset(
     [
@@ -146,7 +147,7 @@ def model_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Of a Mol-LLaMA its Llama, which `MolLlamaCheckpoint` has put there.
     """
     names = config.get("architectures") or []
-    if names == [_MOL_LLAMA]:
+    if is_mol_llama(config):
         if not isinstance(config.get("text_config"), Mapping):
             raise UnsupportedCheckpointError(
                 "config field text_config: a Mol-LLaMA is opened by registry.open_model"
@@ -247,10 +248,7 @@ def _refuse_unknown(config: Mapping[str, Any], ignore: Collection[str]) -> None:
             if method == OWN_CONFIG["quant_method"]:
                 method = dict(value)  # ours, but of another version
             raise UnsupportedCheckpointError(f"config field quantization_config: {method!r} is not supported")
-        raise UnsupportedCheckpointError(
-            f"config field {name}={value!r} is unknown and may change the maths; "
-            f"pass ignore_config=[{name!r}] if it does not"
-        )
+        raise unknown_field("", name, value)
 
 
 def _read_rope(

@@ -12,7 +12,7 @@ from flexjudge_fast.errors import CheckpointError, UnsupportedCheckpointError
 from flexjudge_fast.models.config import model_config, read_decoder_config
 from flexjudge_fast.models.decoder import Decoder
 from flexjudge_fast.models.mol_llama_config import (
-    ARCHITECTURE,
+    MOL_LLAMA,
     MolLlamaConfig,
     folder_inside,
     read_mol_llama_config,
@@ -63,14 +63,14 @@ class MolLlamaCheckpoint(Checkpoint):
         self.tokenizer_config, self.generation_config = mol.tokenizer_config, mol.generation_config
         molecule = read_mol_llama_config(mol.config, mol.path, ignore)
         if molecule is None:
-            raise UnsupportedCheckpointError(f"{mol.path}: config.json is not that of a {ARCHITECTURE}")
+            raise UnsupportedCheckpointError(f"{mol.path}: config.json is not that of a {MOL_LLAMA}")
         self.molecule: MolLlamaConfig = molecule
         self._mol, self._judge = mol, judge
         self._base = base if base is not None else _open_base(mol.path, molecule.llm_model)
         self._names = frozenset(mol.tensor_names())
         llama = self._llama_config(ignore)
         self.vocab_size = self._vocab_size()
-        text = {**llama, "vocab_size": self.vocab_size, "architectures": [ARCHITECTURE]}
+        text = {**llama, "vocab_size": self.vocab_size, "architectures": [MOL_LLAMA]}
         self.config = {**mol.config, "text_config": text}
         self._num_scored = self._count_scored()
 
@@ -108,8 +108,13 @@ class MolLlamaCheckpoint(Checkpoint):
         return self._mol.tokenizer_json()
 
     def weight_files(self) -> Sequence[Path]:
-        llama = self._judge if self._judge is not None else self._base
+        llama = self._llama
         return [*self._mol.weight_files(), *(() if llama is None else llama.weight_files())]
+
+    @property
+    def _llama(self) -> Checkpoint | None:
+        """Whose tensors come before the Mol-LLaMA's own: the judge's, else the base's."""
+        return self._judge if self._judge is not None else self._base
 
     def _other(self, name: str) -> Weight:
         """A tensor of the encoders or of the projection."""
@@ -164,8 +169,7 @@ class MolLlamaCheckpoint(Checkpoint):
         own = self._mol.tensor(_STORED + _EMBED) if _STORED + _EMBED in self._names else None
         if self._judge is None and own is not None:
             return own
-        count = self.vocab_size - _ADDED
-        llama = self._judge if self._judge is not None else self._base
+        count, llama = self.vocab_size - _ADDED, self._llama
         if llama is None:
             return self._plain(_EMBED)  # which raises
         rows = _dense(llama.tensor(_EMBED))[:count]
@@ -186,7 +190,7 @@ class MolLlamaCheckpoint(Checkpoint):
         """Ids that the LM head scores: without the added ones, if a judge without them is its source."""
         if self._judge is None and _STORED + _HEAD in self._names:
             return self.vocab_size
-        llama = self._judge if self._judge is not None else self._base
+        llama = self._llama
         rows = int((self._plain(_HEAD) if llama is None else llama.tensor(_HEAD)).shape[0])
         least = self.vocab_size - _ADDED
         embedded = rows if llama is None else int(llama.tensor(_EMBED).shape[0])

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from flexjudge_fast.errors import UnsupportedCheckpointError
+from flexjudge_fast.models.unknown_field import unknown_field
 from flexjudge_fast.weights.checkpoint import read_json
 
-ARCHITECTURE = "MolLLaMA"
+MOL_LLAMA = "MolLLaMA"
 _ENCODERS = ["unimol", "moleculestm"]
 # Fields that transformers writes into every part, and names of files that were read before the training.
 _HARMLESS = frozenset(
@@ -130,7 +131,7 @@ class MolLlamaConfig:
 
 
 def is_mol_llama(config: Mapping[str, Any]) -> bool:
-    return config.get("architectures") == [ARCHITECTURE]
+    return config.get("architectures") == [MOL_LLAMA]
 
 
 def read_mol_llama_config(
@@ -240,10 +241,7 @@ def _refuse_unknown(
     for name, value in part.items():
         known = name in fields or name in _HARMLESS or name in ignore
         if not known and value not in (None, False):
-            raise UnsupportedCheckpointError(
-                f"config field {prefix}{name}={value!r} is unknown and may change the maths; "
-                f"pass ignore_config=[{name!r}] if it does not"
-            )
+            raise unknown_field(prefix, name, value)
 
 
 def _positive(part: Mapping[str, Any], name: str, default: int | None = None) -> int:

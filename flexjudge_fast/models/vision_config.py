@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexjudge_fast.errors import UnsupportedCheckpointError
+from flexjudge_fast.models.unknown_field import unknown_field
 
 _SIZES = {  # field of config.json: field of `VisionConfig`
     "depth": "num_layers",
@@ -140,10 +141,7 @@ def _refuse_unknown(vision: Mapping[str, Any], ignore: Collection[str]) -> None:
         elif name == "rope_parameters":
             wanted = _ROPE
         else:
-            raise UnsupportedCheckpointError(
-                f"config field vision_config.{name}={value!r} is unknown and may change the maths; "
-                f"pass ignore_config=[{name!r}] if it does not"
-            )
+            raise unknown_field("vision_config.", name, value)
         if value != wanted:
             raise UnsupportedCheckpointError(
                 f"config field vision_config.{name}: {value!r}, only {wanted!r} is supported"

@@ -7,8 +7,8 @@ block is then
 
     codes [block_size, num_kv_heads, head_dim], scales [block_size, num_kv_heads] float32
 
-`to_split_blocks` and `from_split_blocks` go from one to the other. Either way, keys' scales multiply scores,
-values' scales multiply probabilities.
+`to_split_blocks` makes these of rows. Either way, keys' scales multiply scores, values' scales multiply
+probabilities.
 """
 
 from collections.abc import Sequence
@@ -63,19 +63,6 @@ def to_split_blocks(cache: torch.Tensor) -> torch.Tensor:
     """An 8-bit cache [..., block_size, num_kv_heads, row_size] of rows, in split blocks; the same shape."""
     codes, scales = cache.view(torch.int8).split((cache.shape[-1] - _SCALE_BYTES, _SCALE_BYTES), -1)
     return torch.cat((codes.flatten(-3), scales.flatten(-3)), -1).view(cache.shape).view(cache.dtype)
-
-
-def from_split_blocks(cache: torch.Tensor) -> torch.Tensor:
-    """The inverse of `to_split_blocks`."""
-    *_, block_size, num_kv_heads, row_size = cache.shape
-    count = block_size * num_kv_heads
-    parts = (
-        cache.view(torch.int8)
-        .flatten(-3)
-        .split((count * (row_size - _SCALE_BYTES), count * _SCALE_BYTES), -1)
-    )
-    codes, scales = (part.unflatten(-1, (block_size, num_kv_heads, -1)) for part in parts)
-    return torch.cat((codes, scales), -1).view(cache.dtype)
 
 
 def write_kv(key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:

@@ -1,5 +1,6 @@
 """Writes docs/kernels.md: what compiled kernels take on every architecture, and the bounds of their time."""
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -67,7 +68,7 @@ def measure(launches: Iterable[CompiledLaunch]) -> list[tuple[CompiledVariant, R
     """Each variant once, in order of names."""
     distinct = {variant.cubin: variant for part in launches for variant in part.variants}
     variants = sorted(distinct.values(), key=lambda variant: variant.label)
-    with ThreadPoolExecutor() as pool:  # each waits for a tool
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # each waits for a tool
         return list(
             zip(variants, pool.map(lambda v: read_resources(v.cubin, v.shared), variants), strict=True)
         )

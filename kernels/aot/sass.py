@@ -46,12 +46,12 @@ def read_resources(cubin: Path, shared: int) -> Resources:
 
     shared: bytes of dynamic shared memory, which only the launch knows.
     """
-    usage = _cuobjdump("-res-usage", cubin)
-    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    listing = _listing(cubin)
+    found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", listing)}
     matrix: Counter[str] = Counter()
     loads: Counter[int] = Counter()
     local = 0
-    for line in _cuobjdump("-sass", cubin).splitlines():
+    for line in listing.splitlines():
         if match := _MATRIX.search(line):
             matrix[match[1]] += 1
         if match := _LOAD.search(line):
@@ -75,6 +75,7 @@ def _width(modifiers: str) -> int:
     return widths[-1] if widths else 32
 
 
-def _cuobjdump(option: str, cubin: Path) -> str:
-    tool = triton.knobs.nvidia.cuobjdump.path
-    return subprocess.run([tool, option, str(cubin)], check=True, capture_output=True, text=True).stdout
+def _listing(cubin: Path) -> str:
+    """Resources and instructions."""
+    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", str(cubin)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout

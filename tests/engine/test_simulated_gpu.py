@@ -37,13 +37,12 @@ def backend(monkeypatch):
     return lambda name: monkeypatch.setenv("FLEXJUDGE_BACKEND", name)
 
 
-def load(folder, num_blocks=64, kv_dtype=torch.float32, max_len=128, **options):
+def load(folder, num_blocks=64, kv_dtype=torch.float32, max_len=128, quantization=None, **options):
     """An engine whose runner is the GPU's, over `FakeDevice`."""
-    loading = {name: options.pop(name, None) for name in ("quantization",)}
     config = EngineConfig(
         kv_cache_memory=1 << 22, max_model_len=max_len, block_size=BLOCK, max_num_seqs=4, **options
     )
-    parts = load_parts(folder, "cpu", "float32", loading["quantization"], (), config)
+    parts = load_parts(folder, "cpu", "float32", quantization, (), config)
     model, width = parts.runner.model, max_len // BLOCK + 1
     sizes = (config.max_batched_tokens, 4, width, BLOCK, torch.device("cpu"), 1, model.config.vocab_size)
     runner = GpuRunner(

@@ -1,7 +1,6 @@
 """Decode, plain and with shared prefixes: against float64, its bits in any company, the bytes it loads."""
 
 import dataclasses
-import os
 
 import numpy as np
 import pytest
@@ -12,16 +11,11 @@ from flexjudge_fast.kernels.catalog_attention import block_tables, decode_bytes,
 from flexjudge_fast.ops.kv_cache import to_split_blocks
 from flexjudge_fast.ops.paged_attention import paged_attention
 from tests.attention_cases import BLOCK_SIZES, CACHES, GROUPS, HEAD_DIMS, Case, make_case, worst_error
-from tests.interpreted import add_in_order, count_loads
+from tests.interpreted import SWEEP, add_in_order, count_loads
 
-NUM_CASES = 200 * int(os.environ.get("FLEXJUDGE_SWEEP", "1"))
+NUM_CASES = 200 * SWEEP
 NUM_PARTS = 10
 CONTEXTS = (1, 2, 16, 31, 50, 64, 65, 100, 255, 256, 257)
-
-
-@pytest.fixture(autouse=True)
-def _triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLEXJUDGE_BACKEND", "triton")
 
 
 def _case(seed: int, caches: tuple[str, ...] = tuple(CACHES)) -> Case:

@@ -1,21 +1,15 @@
 """Embeddings of tokens and media: the very rows."""
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from flexjudge_fast.ops.embedding import embedding, embedding_reference
-from tests.interpreted import in_nan
+from tests.interpreted import SWEEP, in_nan
 
-NUM_CASES = 200 * int(os.environ.get("FLEXJUDGE_SWEEP", "1"))
+NUM_CASES = 200 * SWEEP
 HIDDEN = (1, 7, 8, 63, 64, 65, 128, 129, 200, 256)
-
-
-@pytest.fixture(autouse=True)
-def _triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLEXJUDGE_BACKEND", "triton")
 
 
 def _cases(

@@ -1,6 +1,5 @@
 """Dense matrix products against float64, and their bits in any batch."""
 
-import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -9,16 +8,11 @@ import torch
 
 from flexjudge_fast.kernels.runs import plan_runs
 from flexjudge_fast.ops.linear import linear, linear_reference
-from tests.interpreted import add_in_order, in_nan
+from tests.interpreted import SWEEP, add_in_order, in_nan
 
-NUM_CASES = 200 * int(os.environ.get("FLEXJUDGE_SWEEP", "1"))
+NUM_CASES = 200 * SWEEP
 NUM_PARTS = 10
 TOKENS = (0, 1, 2, 15, 16, 17, 33, 64, 65, 130)
-
-
-@pytest.fixture(autouse=True)
-def _triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLEXJUDGE_BACKEND", "triton")
 
 
 @pytest.fixture

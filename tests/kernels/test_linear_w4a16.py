@@ -1,6 +1,5 @@
 """Products with 4-bit weights against float64; their bits in any batch, their bytes; what repacking keeps."""
 
-import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -19,17 +18,12 @@ from flexjudge_fast.ops.linear_w4a16 import (
     repack_w4_blocks,
     unpack_w4,
 )
-from tests.interpreted import add_in_order, count_loads, in_nan
+from tests.interpreted import SWEEP, add_in_order, count_loads, in_nan
 
-NUM_CASES = 200 * int(os.environ.get("FLEXJUDGE_SWEEP", "1"))
+NUM_CASES = 200 * SWEEP
 NUM_PARTS = 10
 TOKENS = (0, 1, 2, 15, 16, 17, 33, 64, 65, 130)
 BLOCK_BYTES = {"Q4_0": (32, 18), "Q4_1": (32, 20), "I4_64": (64, 36), "I4_128": (128, 68)}
-
-
-@pytest.fixture(autouse=True)
-def _triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLEXJUDGE_BACKEND", "triton")
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """8-bit products and quantisation by token: against float64 and exact integers, and bits in any batch."""
 
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -15,17 +14,12 @@ from flexjudge_fast.ops.linear_w8a8 import (
     quantize_tokens_reference,
     repack_w8,
 )
-from tests.interpreted import add_in_order, in_nan
+from tests.interpreted import SWEEP, add_in_order, in_nan
 
-NUM_CASES = 200 * int(os.environ.get("FLEXJUDGE_SWEEP", "1"))
+NUM_CASES = 200 * SWEEP
 NUM_PARTS = 10
 TOKENS = (0, 1, 2, 15, 16, 17, 33, 64, 65, 130)
 DTYPES = [torch.int8, torch.float8_e4m3fn]
-
-
-@pytest.fixture(autouse=True)
-def _triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLEXJUDGE_BACKEND", "triton")
 
 
 @pytest.fixture

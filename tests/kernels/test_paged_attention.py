@@ -1,23 +1,17 @@
 """Prefill over a paged cache against float64, and its bits: alone, in a batch, in chunks, token by token."""
 
 import dataclasses
-import os
 
 import pytest
 import torch
 
 from tests.attention_cases import BLOCK_SIZES, CACHES, GROUPS, HEAD_DIMS, Case, make_case, worst_error
-from tests.interpreted import add_in_order
+from tests.interpreted import SWEEP, add_in_order
 
-NUM_CASES = 200 * int(os.environ.get("FLEXJUDGE_SWEEP", "1"))
+NUM_CASES = 200 * SWEEP
 NUM_PARTS = 10
 CACHED = (0, 0, 1, 3, 17, 31, 50, 63, 64, 65, 100, 120, 255, 256, 257)
 NEW = (1, 1, 2, 3, 7, 9, 15, 33)
-
-
-@pytest.fixture(autouse=True)
-def _triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLEXJUDGE_BACKEND", "triton")
 
 
 def _case(seed: int, caches: tuple[str, ...] = tuple(CACHES)) -> Case:

@@ -1,6 +1,5 @@
 """Rotary embedding and cache writes against float64, for every kind of cache; unused slots stay."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -10,18 +9,13 @@ import torch
 from flexjudge_fast.ops.kv_cache import quantize_kv
 from flexjudge_fast.ops.rotary_embedding import rotary_embedding
 from flexjudge_fast.ops.rotary_kv import RotaryAngles, rotary_kv
-from tests.interpreted import in_nan
+from tests.interpreted import SWEEP, in_nan, rows_close
 
-NUM_CASES = 200 * int(os.environ.get("FLEXJUDGE_SWEEP", "1"))
+NUM_CASES = 200 * SWEEP
 NUM_PARTS = 5
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 CODES = (torch.int8, torch.float8_e4m3fn)
 MAX_LEN = 50
-
-
-@pytest.fixture(autouse=True)
-def _triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLEXJUDGE_BACKEND", "triton")
 
 
 @dataclass(frozen=True)
@@ -114,7 +108,7 @@ def _check(case: Case, bar: float) -> None:
     query, cache = case.run()
     expected, stored = case.expected()
     assert query.dtype == case.qkv.dtype
-    assert _close(query, expected, bar)
+    assert rows_close(query, expected, bar)
     used = case.slots[case.slots >= 0]
     stored = stored[:, case.slots >= 0]
     unused = torch.ones(case.num_blocks * case.block_size, dtype=torch.bool, device=used.device)
@@ -123,7 +117,7 @@ def _check(case: Case, bar: float) -> None:
         codes, scales = case.split(cache)
         assert (codes[:, unused].view(torch.uint8) == 255).all()
         assert scales[:, unused].isnan().all()
-        assert _close(scales[:, used], stored.abs().amax(-1) / _limit(case), bar)
+        assert rows_close(scales[:, used], stored.abs().amax(-1) / _limit(case), bar)
         got = codes[:, used].double() * scales[:, used, :, None]
         # half a step of int8; half of the last of e4m3's 3 bits, or of its least step
         step = scales[:, used, :, None].double()
@@ -134,19 +128,11 @@ def _check(case: Case, bar: float) -> None:
         untouched = rows[:, unused].contiguous().view(torch.uint8)
         assert (untouched == 255).all()
         precise = case.cache_dtype == torch.float32 or case.cache_dtype == case.qkv.dtype == torch.float16
-        assert _close(rows[:, used], stored, bar if precise else max(bar, 8e-3))
+        assert rows_close(rows[:, used], stored, bar if precise else max(bar, 8e-3))
 
 
 def _limit(case: Case) -> float:
     return 127.0 if case.cache_dtype == torch.int8 else 448.0
-
-
-def _close(out: torch.Tensor, expected: torch.Tensor, bar: float) -> bool:
-    """Each head by its largest magnitude."""
-    if not out.numel():
-        return out.shape == expected.shape
-    error = (out.double() - expected).abs()
-    return bool((error <= bar * expected.abs().amax(-1, keepdim=True) + 1e-7).all())
 
 
 @pytest.mark.parametrize("part", range(NUM_PARTS))
@@ -178,7 +164,7 @@ def test_rows_that_are_not_finite(dtype: torch.dtype, bad: float) -> None:
     expected, expected_scales = quantize_kv(qkv[:, -4:], dtype)
     assert scales[1, 3, 3].isnan()
     assert torch.equal(codes[1, :5].float(), expected.float())
-    torch.testing.assert_close(scales[1, :5], expected_scales.squeeze(-1), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assertrows_close(scales[1, :5], expected_scales.squeeze(-1), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.gpu

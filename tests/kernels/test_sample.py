@@ -1,6 +1,5 @@
 """Tokens drawn by the kernel against the reference: truncations, ties, bans, extreme temperatures."""
 
-import os
 from dataclasses import replace
 
 import numpy as np
@@ -8,14 +7,9 @@ import pytest
 import torch
 
 from flexjudge_fast.ops.sample import BannedMasks, Draw, _truncate, sample_on_device, sample_reference
+from tests.interpreted import SWEEP
 
-SWEEP = int(os.environ.get("FLEXJUDGE_SWEEP", "1"))
 NEAR = 1e-6  # of a boundary between two tokens, where float32 sums may fall on the other side
-
-
-@pytest.fixture(autouse=True)
-def _kernels(monkeypatch):
-    monkeypatch.setenv("FLEXJUDGE_BACKEND", "triton")
 
 
 def random_case(seed):

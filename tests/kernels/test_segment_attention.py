@@ -1,6 +1,5 @@
 """Attention inside segments against float64, with and without rotation; a segment's bits in any company."""
 
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -8,16 +7,11 @@ import torch
 
 from flexjudge_fast.ops.rotary_embedding import rotary_embedding
 from flexjudge_fast.ops.segment_attention import Segments, segment_attention, segment_attention_reference
-from tests.interpreted import add_in_order, in_nan
+from tests.interpreted import SWEEP, add_in_order, in_nan
 
-NUM_CASES = 200 * int(os.environ.get("FLEXJUDGE_SWEEP", "1"))
+NUM_CASES = 200 * SWEEP
 NUM_PARTS = 10
 Case = tuple[torch.Tensor, Segments, tuple[torch.Tensor, torch.Tensor] | None]
-
-
-@pytest.fixture(autouse=True)
-def _triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLEXJUDGE_BACKEND", "triton")
 
 
 def _case(g: torch.Generator, sizes: list[int], heads: int, head_dim: int, scale: float, turns: bool) -> Case:
