@@ -57,7 +57,7 @@ def seconds(call: Callable[[], object]) -> float:
 
     call()
     torch.cuda.synchronize()
-    found: float = triton.testing.do_bench_cudagraph(call, rep=50, return_mode="median")
+    found: float = triton.testing.do_bench_cudagraph(call, rep=10, return_mode="median")
     return found / 1e3
 
 

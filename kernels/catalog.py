@@ -46,6 +46,16 @@ class Launch:
     needs: str = ""
 
 
+def random_tensor(*size: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """Noise, where there is memory to hold it: on zeros tensor cores run faster than they will."""
+    if device == "meta":
+        return torch.empty(size, dtype=dtype, device=device)
+    if dtype.is_floating_point:
+        return torch.randn(size, device=device, dtype=torch.bfloat16).to(dtype)
+    limits = torch.iinfo(dtype)
+    return torch.randint(limits.min, limits.max, size, dtype=dtype, device=device)
+
+
 def launches(shape: ModelShape, device: str = "meta") -> Iterator[Launch]:
     """All launches of a model of this shape, one for each variant that a step may need.
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flexjudge_fast.kernels.catalog import Launch, ModelShape
+from flexjudge_fast.kernels.catalog import Launch, ModelShape, random_tensor
 from flexjudge_fast.kernels.paged_attention import paged_attention
 from flexjudge_fast.ops.attention_plan import CHUNK, HostPlan, plan_attention, tile_rows
 from flexjudge_fast.ops.kv_cache import kv_row_size
@@ -135,10 +135,9 @@ def _tensors(
     """Arguments of `paged_attention`."""
     kv_dtype, row_size = shape.kv_dtype, kv_row_size(shape.head_dim, shape.kv_dtype)
     size = (2, tables.size, shape.block_size, shape.num_kv_heads, row_size)
-    plain = torch.uint8 if kv_dtype.itemsize == 1 else kv_dtype
     return (
-        torch.zeros(int(starts[-1]), shape.num_heads, shape.head_dim, dtype=shape.dtype, device=device),
-        torch.zeros(size, dtype=plain, device=device).view(kv_dtype),
+        random_tensor(int(starts[-1]), shape.num_heads, shape.head_dim, dtype=shape.dtype, device=device),
+        random_tensor(*size, dtype=kv_dtype, device=device),
         torch.from_numpy(tables).to(device),
         torch.from_numpy(starts).to(device),
         torch.from_numpy(lens).to(device),

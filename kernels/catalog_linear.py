@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from flexjudge_fast.kernels.catalog import EIGHT_BITS, Launch, ModelShape
+from flexjudge_fast.kernels.catalog import EIGHT_BITS, Launch, ModelShape, random_tensor
 from flexjudge_fast.kernels.linear import linear
 from flexjudge_fast.kernels.linear_w4a16 import linear_w4a16
 from flexjudge_fast.kernels.linear_w8a8 import linear_w8a8
@@ -20,7 +20,7 @@ def launches(shape: ModelShape, device: str = "meta") -> Iterator[Launch]:
     Moved bytes: each weight, activation and output once, and workspaces twice. Programs that run at the same
     time read activations (and for more than 128 tokens, weights) again out of the L2; that is not counted.
 
-    device: "meta" to compile; "cuda" for tensors that can be run, whatever they hold.
+    device: "meta" to compile; "cuda" for tensors that can be run, of noise.
     """
     matrices, dense = layer_matrices(shape), ModelShape(dtype=shape.dtype)
     for tokens in TOKENS:
@@ -56,27 +56,27 @@ def _product(
     shape: ModelShape, name: str, rows: int, columns: int, has_bias: bool, tokens: int, device: str
 ) -> Launch:
     size = shape.dtype.itemsize
-    bias = torch.empty(rows, dtype=shape.dtype, device=device) if has_bias else None
-    x = torch.empty(tokens, columns, dtype=shape.dtype, device=device)
+    bias = random_tensor(rows, dtype=shape.dtype, device=device) if has_bias else None
+    x = random_tensor(tokens, columns, dtype=shape.dtype, device=device)
     outputs = tokens * rows * size + (rows * size if has_bias else 0)
     run: Callable[[], object]
     if shape.weights.startswith("w4a16"):
         group = int(shape.weights.rpartition("-g")[2])
         kernel = "linear_w4a16"
-        codes = torch.empty(rows, columns // 4, dtype=torch.int16, device=device)
-        words = torch.empty(columns // group, rows, dtype=torch.int32, device=device)
+        codes = random_tensor(rows, columns // 4, dtype=torch.int16, device=device)
+        words = random_tensor(columns // group, rows, dtype=torch.int32, device=device)
         weight_bytes, inputs = codes.nbytes + words.nbytes, x.nbytes
         run = lambda: linear_w4a16(x, codes, words, rows, group, False, False, bias)  # noqa: E731
     elif shape.weights in EIGHT_BITS:
         kernel = f"linear_{shape.weights}"
-        weight = torch.empty(rows, columns, dtype=EIGHT_BITS[shape.weights], device=device)
-        scales = torch.empty(rows, device=device)
-        tokens_x, token_scales = x.to(weight.dtype), torch.empty(tokens, device=device)
+        weight = random_tensor(rows, columns, dtype=EIGHT_BITS[shape.weights], device=device)
+        scales = random_tensor(rows, dtype=torch.float32, device=device)
+        tokens_x, token_scales = x.to(weight.dtype), random_tensor(tokens, dtype=torch.float32, device=device)
         weight_bytes, inputs = weight.nbytes + scales.nbytes, tokens_x.nbytes + token_scales.nbytes
         run = lambda: linear_w8a8(tokens_x, token_scales, weight, scales, bias, shape.dtype)  # noqa: E731
     else:
         kernel = "linear"
-        dense = torch.empty(rows, columns, dtype=shape.dtype, device=device)
+        dense = random_tensor(rows, columns, dtype=shape.dtype, device=device)
         weight_bytes, inputs = dense.nbytes, x.nbytes
         run = lambda: linear(x, dense, bias)  # noqa: E731
     least, moved = product_bytes(kernel, rows, columns, weight_bytes, inputs + outputs, tokens)
@@ -93,7 +93,7 @@ def _product(
 
 
 def _quantisation(shape: ModelShape, columns: int, tokens: int, device: str) -> Launch:
-    x = torch.empty(tokens, columns, dtype=shape.dtype, device=device)
+    x = random_tensor(tokens, columns, dtype=shape.dtype, device=device)
     num_bytes = x.nbytes + tokens * columns + 4 * tokens
     return Launch(
         kernel="quantize_tokens",

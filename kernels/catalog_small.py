@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from flexjudge_fast.kernels.catalog import EIGHT_BITS, Launch, ModelShape
+from flexjudge_fast.kernels.catalog import EIGHT_BITS, Launch, ModelShape, random_tensor
 from flexjudge_fast.kernels.embedding import embedding
 from flexjudge_fast.kernels.rms_norm import add_rms_norm, add_rms_norm_quantized, rms_norm, rms_norm_quantized
 from flexjudge_fast.kernels.rotary_kv import rotary_kv
@@ -41,8 +41,8 @@ def launches(shape: ModelShape, device: str = "meta") -> Iterator[Launch]:
 
 def _norms(shape: ModelShape, hidden: int, tokens: int, device: str, quantizes: bool) -> Iterator[Launch]:
     """One alone, which a step has once, and one behind the residual addition."""
-    x, residual = (_floats((tokens, hidden), shape.dtype, device) for _ in range(2))
-    weight = _floats((hidden,), shape.dtype, device)
+    x, residual = (random_tensor(tokens, hidden, dtype=shape.dtype, device=device) for _ in range(2))
+    weight = random_tensor(hidden, dtype=shape.dtype, device=device)
     runs: dict[str, tuple[int, Callable[[], object]]] = {}  # activations moved, call
     out, case = x.nbytes, ""
     if quantizes:
@@ -64,7 +64,7 @@ def _norms(shape: ModelShape, hidden: int, tokens: int, device: str, quantizes: 
 
 def _sampling(shape: ModelShape, rows: int, device: str) -> Launch:
     """A draw with top-p from each row; further passes over a row are out of the L2."""
-    logits = _floats((rows, shape.vocab), torch.float32, device)
+    logits = random_tensor(rows, shape.vocab, dtype=torch.float32, device=device)
     integers = torch.zeros(rows, 3, dtype=torch.int32, device=device)
     floats = torch.full((rows, 4), 0.5, device=device)
     masks = torch.zeros(1, -(-shape.vocab // 32), dtype=torch.int32, device=device)
@@ -84,15 +84,15 @@ def _rotary(shape: ModelShape, tokens: int, sections: tuple[int, ...], device: s
     """Tokens go to slots spread over a cache, at positions up to its size."""
     half, num_blocks = shape.head_dim // 2, 2 * -(-tokens // shape.block_size)
     length = num_blocks * shape.block_size
-    cos, sin = (_floats((length, half), torch.float32, device) for _ in range(2))
+    cos, sin = (random_tensor(length, half, dtype=torch.float32, device=device) for _ in range(2))
     rows = (3, tokens) if sections else (tokens,)
     positions = torch.arange(tokens, device=device).expand(rows).contiguous()
     slots = 2 * torch.arange(tokens, device=device)
     heads = shape.num_heads + 2 * shape.num_kv_heads
-    qkv = _floats((tokens, heads, shape.head_dim), shape.dtype, device)
+    qkv = random_tensor(tokens, heads, shape.head_dim, dtype=shape.dtype, device=device)
     row_size = kv_row_size(shape.head_dim, shape.kv_dtype)
     cache_shape = (2, num_blocks, shape.block_size, shape.num_kv_heads, row_size)
-    cache = torch.empty(cache_shape, dtype=shape.kv_dtype, device=device)
+    cache = random_tensor(*cache_shape, dtype=shape.kv_dtype, device=device)
     angles = RotaryAngles(cos, sin, positions, sections, shape.dtype)
     stored = 2 * tokens * shape.num_kv_heads * row_size * shape.kv_dtype.itemsize
     queries = tokens * shape.num_heads * shape.head_dim * shape.dtype.itemsize
@@ -104,7 +104,7 @@ def _rotary(shape: ModelShape, tokens: int, sections: tuple[int, ...], device: s
 
 
 def _swiglu(shape: ModelShape, size: int, tokens: int, device: str, weights: str) -> Launch:
-    gate_up = _floats((tokens, 2 * size), shape.dtype, device)
+    gate_up = random_tensor(tokens, 2 * size, dtype=shape.dtype, device=device)
     flops = 6.0 * tokens * size
     if weights in EIGHT_BITS:
         dtype, num_bytes = EIGHT_BITS[weights], gate_up.nbytes + tokens * (size + 4)
@@ -115,8 +115,8 @@ def _swiglu(shape: ModelShape, size: int, tokens: int, device: str, weights: str
 
 def _embedding(shape: ModelShape, tokens: int, has_media: bool, device: str) -> Launch:
     """With media, every other token is one."""
-    table = torch.empty((shape.vocab, shape.hidden), dtype=shape.dtype, device=device)
-    media = _floats((tokens, shape.hidden), shape.dtype, device) if has_media else None
+    table = random_tensor(shape.vocab, shape.hidden, dtype=shape.dtype, device=device)
+    media = random_tensor(tokens, shape.hidden, dtype=shape.dtype, device=device) if has_media else None
     ids = torch.arange(tokens, device=device) * 7 % shape.vocab
     if has_media and device != "meta":
         ids[::2] = shape.vocab + torch.arange(0, tokens, 2, device=device)
@@ -128,8 +128,8 @@ def _embedding(shape: ModelShape, tokens: int, has_media: bool, device: str) -> 
 def _vision_attention(shape: ModelShape, name: str, size: int, device: str) -> Launch:
     """Moved: inputs and results once; programs of a segment read its keys and values again out of the L2."""
     heads, head_dim = shape.vision_heads, shape.vision_head_dim
-    qkv = _floats((PATCHES, 3, heads, head_dim), shape.dtype, device)
-    cos, sin = (_floats((PATCHES, head_dim // 2), torch.float32, device) for _ in range(2))
+    qkv = random_tensor(PATCHES, 3, heads, head_dim, dtype=shape.dtype, device=device)
+    cos, sin = (random_tensor(PATCHES, head_dim // 2, dtype=torch.float32, device=device) for _ in range(2))
     segments = Segments(torch.arange(0, PATCHES + 1, size, device=device), size)
     return _launch(
         "segment_attention",
@@ -146,13 +146,6 @@ def _launch(
 ) -> Launch:
     """These kernels move what they must, once."""
     return Launch(kernel, case, lambda: _discard(run()), tokens, num_bytes, num_bytes, flops)
-
-
-def _floats(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
-    """Random numbers where there are any."""
-    if device == "meta":
-        return torch.empty(shape, dtype=dtype, device=device)
-    return torch.randn(shape, device=device).to(dtype)
 
 
 def _discard(result: object) -> None:
