@@ -8,10 +8,12 @@
 
 import argparse
 import json
+import math
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,6 +31,8 @@ from flexjudge_fast.kernels.chips import ARCHS, capability  # noqa: E402
 
 WEIGHTS = ("bf16", "w4a16-g128", "int8", "fp8")
 KV_DTYPES = (torch.bfloat16, torch.int8, torch.float8_e4m3fn)
+COLD_BYTES = 2e8  # of inputs that take turns: several times an L2 cache
+COPIES = 8  # of a launch's memory, which take turns
 
 
 @dataclass(frozen=True)
@@ -51,23 +55,35 @@ class Ceilings:
     bf16_flops: float
 
 
-def seconds(call: Callable[[], object]) -> float:
-    """Of one call, the median of many in a CUDA graph, each with a cold L2 cache where that can be had."""
-    import triton.testing
-
-    call()
+def seconds(calls: Sequence[Callable[[], object]]) -> float:
+    """Of one of `calls`, which do the same over other memory: by the median replay of a CUDA graph of all."""
+    for call in calls:
+        call()
     torch.cuda.synchronize()
-    found: float = triton.testing.do_bench_cudagraph(call, rep=10, return_mode="median")
-    return found / 1e3
+    graph = torch.cuda.CUDAGraph()
+    rounds = math.ceil(8 / len(calls))
+    with torch.cuda.graph(graph):
+        for call in list(calls) * rounds:
+            call()
+    graph.replay()
+    found = []
+    for _ in range(7):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        found.append(start.elapsed_time(end))
+    return statistics.median(found) / 1e3 / len(calls) / rounds
 
 
 def ceilings() -> Ceilings:
     """A copy of 1 GiB, and a product of 8192 x 8192."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    copying = seconds(lambda: target.copy_(source))
+    copying = seconds([lambda: target.copy_(source)])
     x = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
-    multiplying = seconds(lambda: x @ x)
+    multiplying = seconds([lambda: x @ x])
     return Ceilings(2 * source.nbytes / copying, 2 * 8192**3 / multiplying)
 
 
@@ -78,14 +94,17 @@ def measure_kernels(card: Ceilings) -> Iterator[KernelRow]:
     shapes += [ModelShape(kv_dtype=kv_dtype) for kv_dtype in KV_DTYPES]
     done: set[tuple[str, str, int]] = set()
     for shape in shapes:
-        for launch in launches(shape, "cuda"):
+        copies = [launches(shape, "cuda") for _ in range(COPIES)]
+        for same in zip(*copies, strict=True):
+            launch = same[0]
             key = (launch.kernel, launch.case, launch.tokens)
             if key in done or (launch.needs and launch.needs not in arch.features):
                 continue
             done.add(key)
             bound = max(launch.moved_bytes / card.bandwidth, launch.flops / card.bf16_flops)
-            others = {name: 1e6 * seconds(call) for name, call in peers(launch, shape).items()}
-            yield KernelRow(*key, 1e6 * seconds(launch.run), 1e6 * bound, others)
+            others = [peers(launch, shape) for _ in range(COPIES)]
+            times = {name: 1e6 * seconds([calls[name] for calls in others]) for name in others[0]}
+            yield KernelRow(*key, 1e6 * seconds([each.run for each in same]), 1e6 * bound, times)
 
 
 def show_kernels(rows: list[KernelRow]) -> None:

@@ -11,7 +11,7 @@ from flexjudge_fast.kernels.linear_w8a8 import linear_w8a8
 from flexjudge_fast.kernels.quantize_tokens import quantize_tokens
 from flexjudge_fast.kernels.runs import plan_runs, workspace_bytes
 
-TOKENS = (1, 16, 64, 512)
+TOKENS = (1, 16, 64, 128, 512)
 
 
 def launches(shape: ModelShape, device: str = "meta") -> Iterator[Launch]:

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from flexjudge_fast.kernels.tiles import tiles
 
-LADDER = (16, 32, 64, 128)  # tokens for which the tables have tile sizes
+LADDER = (16, 32, 64, 128, 256)  # tokens for which the tables have tile sizes; the last also for more
 _CUT = ("BLOCK_K", "TARGET_PROGRAMS", "MIN_STEPS", "MAX_RUNS", "WORKSPACE_PERMILLE")
 
 

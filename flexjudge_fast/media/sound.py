@@ -1,14 +1,17 @@
 """Blocks of samples become one sound: mixed to mono, resampled, and digested as they were."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import soxr
 from numpy.typing import NDArray
 
 from flexjudge_fast.errors import MediaError
 from flexjudge_fast.media.audio_limits import AudioLimits
 from flexjudge_fast.media.keys import SampleDigest
+
+if TYPE_CHECKING:
+    import soxr
 
 BLOCK_SAMPLES = 1 << 17  # of all channels, decoded or converted at a time: half a megabyte
 _QUALITY = "HQ"
@@ -35,6 +38,12 @@ class Sound:
     mode: str
 
 
+def _resampler(rate: int, sampling_rate: int) -> "soxr.ResampleStream":
+    import soxr  # only where something is resampled
+
+    return soxr.ResampleStream(rate, sampling_rate, 1, "float32", _QUALITY)
+
+
 class SoundBuilder:
     """Takes a sound block by block, so that only the result is ever held whole.
 
@@ -49,9 +58,7 @@ class SoundBuilder:
         self._digest = SampleDigest(channels)
         self._count = 0
         self._parts: list[NDArray[np.float32]] = []
-        self._resampler: soxr.ResampleStream | None = None
-        if rate != sampling_rate:
-            self._resampler = soxr.ResampleStream(rate, sampling_rate, 1, "float32", _QUALITY)
+        self._resampler = None if rate == sampling_rate else _resampler(rate, sampling_rate)
 
     def add(self, block: NDArray[np.float32]) -> None:
         """float32 [num_samples, channels]. MediaError: too long by now, or a value that is no sound."""
