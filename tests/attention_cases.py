@@ -8,7 +8,7 @@ import torch
 
 from flexjudge_fast.kernels.attention_sizes import Sizes, attention_sizes
 from flexjudge_fast.ops.attention_plan import HostPlan, plan_attention
-from flexjudge_fast.ops.kv_cache import to_kv_rows, to_split_blocks
+from flexjudge_fast.ops.kv_cache import from_kv_rows, to_kv_rows, to_split_blocks
 from flexjudge_fast.ops.paged_attention import paged_attention, paged_attention_reference
 from tests.interpreted import in_nan
 
@@ -81,6 +81,19 @@ class Case:
         query = self.query.double()
         return paged_attention_reference(query, self.cache, self.block_tables, self.starts, lens, self.scale)
 
+    def magnitude(self) -> torch.Tensor:
+        """In float64, the same average of the values' magnitudes; where values cancel, it is the larger."""
+        rows = from_kv_rows(self.cache, torch.float32)
+        return replace(self, cache=torch.stack((rows[0], rows[1].abs()))).expected()
+
+    def error(self, out: torch.Tensor, bar: float) -> float:
+        """`worst_error`; beyond `bar`, relative to what was averaged, as probabilities have 16 bits, too."""
+        expected = self.expected()
+        error = worst_error(out, expected)
+        if error > bar and self.query.dtype.itemsize == 2:
+            error = worst_error(out, expected, self.magnitude())
+        return error
+
     def only(self, i: int, first: int = 0, last: int | None = None) -> "Case":
         """Sequence `i` by itself, its new tokens from `first` to `last`."""
         last = self.new[i] if last is None else last
@@ -135,9 +148,11 @@ def make_case(
     return Case(query, rows, tables, tuple(new), tuple(context_lens))
 
 
-def worst_error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest error of a (token, head) row, relative to that row's largest magnitude."""
+def worst_error(got: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor | None = None) -> float:
+    """The largest error of a (token, head) row, relative to the row's largest magnitude in `scale`, which is
+    `expected` if left out."""
     if not expected.numel():
         return 0.0
-    error = (got.double().cpu() - expected).abs().amax(-1) / expected.abs().amax(-1).clamp(min=1e-30)
+    largest = (expected if scale is None else scale).abs().amax(-1).clamp(min=1e-30)
+    error = (got.double().cpu() - expected).abs().amax(-1) / largest
     return float(error.nan_to_num(nan=torch.inf).max())
