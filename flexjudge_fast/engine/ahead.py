@@ -9,7 +9,7 @@ from flexjudge_fast.engine.model_runner import ModelRunner
 from flexjudge_fast.engine.request import Request
 from flexjudge_fast.engine.sampler import draw_of
 from flexjudge_fast.engine.scheduler import Scheduler
-from flexjudge_fast.engine.step import Drawn, Stepper, StepResult, row_ranges, uniform_of
+from flexjudge_fast.engine.step import Drawn, Stepper, StepResult, row_ranges, uniforms_of
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,16 @@ class AheadStepper(Stepper):
 
     def _launch(self, batch: Batch, behind: _Flight | None) -> _Flight:
         rows = row_ranges(batch)
-        draws: list[DeviceDraw] = []
+        drawing: list[tuple[Chunk, int, tuple[int, ...]]] = []  # with their rows and banned ids
         for chunk, own in zip(batch.chunks, rows, strict=True):
             banned = free_draw(chunk.request) if own else None
             if banned is not None:
-                draw = draw_of(chunk.request.params, own.stop - 1, uniform_of(chunk.request, chunk.end))
-                draws.append(DeviceDraw(chunk.request, draw, banned))
+                drawing.append((chunk, own.stop - 1, banned))
+        numbers = uniforms_of([(chunk.request, chunk.end) for chunk, _, _ in drawing])
+        draws = [
+            DeviceDraw(chunk.request, draw_of(chunk.request.params, row, number), banned)
+            for (chunk, row, banned), number in zip(drawing, numbers, strict=True)
+        ]
         feed: dict[int, int] = {}
         if behind is not None:
             places = {draw.request: i for i, draw in enumerate(behind.draws)}

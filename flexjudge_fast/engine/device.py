@@ -1,6 +1,7 @@
 """What the GPU's runner needs of a device: to queue work, to know when it is done, and to record graphs."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -32,6 +33,10 @@ class Device(Protocol):
 
     torch_device: torch.device
 
+    def active(self) -> AbstractContextManager[object]:
+        """Inside it, this is the device that kernels are launched on."""
+        ...
+
     def submit(self, work: Callable[[], None]) -> None:
         """Queue `work`, which makes torch calls on the device and never waits for it."""
         ...
@@ -55,6 +60,9 @@ class CudaDevice:
     def __init__(self, device: torch.device) -> None:
         self.torch_device = device
         self._pool = torch.cuda.graph_pool_handle()
+
+    def active(self) -> AbstractContextManager[object]:
+        return torch.cuda.device(self.torch_device)
 
     def submit(self, work: Callable[[], None]) -> None:
         work()

@@ -5,7 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
+from flexjudge_fast.engine.graph_ladder import GraphLadder
 from flexjudge_fast.errors import InvalidArgumentError
+
+_GRAPH_BYTES = 2 << 20  # some 400 launches
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,11 @@ class GpuMemory:
         return int(left * fraction)
 
 
-def graph_bytes(max_num_seqs: int, vocab_size: int) -> int:
-    """What the recorded decode steps keep: they share a pool, so that the largest counts. Mostly logits."""
-    return 3 * 4 * max_num_seqs * vocab_size
+def graph_bytes(ladder: GraphLadder, vocab_size: int) -> int:
+    """What recorded decode steps keep: one tensor of logits and one pool of memory for the largest, which is
+    mostly logits again, and each the description of its launches."""
+    rungs = len(ladder.num_seqs) * len(ladder.table_widths)
+    return 2 * 4 * ladder.num_seqs[-1] * vocab_size + rungs * _GRAPH_BYTES
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:

@@ -99,6 +99,9 @@ class GpuRunner(ModelRunner):
         pin = device.torch_device.type == "cuda"
         self._slots = [_Slot(first, max_rows, pin), _Slot(buffers(), max_rows, pin)]
         self._masks = BannedMasks(model.config.vocab_size, device.torch_device)
+        # Recorded steps take turns with it: nobody reads logits once the next step is launched.
+        rows = 0 if ladder is None else ladder.num_seqs[-1]
+        self._logits = torch.empty(rows, model.config.vocab_size, device=device.torch_device)
         self._recorded: dict[tuple[Rung | None, int], _Recorded] = {}
         self.num_replays = 0
 
@@ -112,6 +115,12 @@ class GpuRunner(ModelRunner):
         self, batch: Batch, draws: Sequence[DeviceDraw], behind: GpuFlight | None, feed: Mapping[int, int]
     ) -> GpuFlight:
         """See `LaunchingRunner.launch`."""
+        with self._device.active():
+            return self._launch(batch, draws, behind, feed)
+
+    def _launch(
+        self, batch: Batch, draws: Sequence[DeviceDraw], behind: GpuFlight | None, feed: Mapping[int, int]
+    ) -> GpuFlight:
         slot = self._slots[0]
         self._slots.reverse()
         slot.wait()
@@ -170,8 +179,10 @@ class GpuRunner(ModelRunner):
             places, sources = where.to(known.device, non_blocking=True)
             here.token_ids[places] = known[sources]  # each chunk is one token
 
+        out = None if rung is None else self._logits[: rung.num_seqs]
+
         def run() -> tuple[torch.Tensor, torch.Tensor]:
-            return self.model.step(here.token_ids, here.attention, self.cache, here.logit_rows)
+            return self.model.step(here.token_ids, here.attention, self.cache, here.logit_rows, out)
 
         if rung is None:
             return run()

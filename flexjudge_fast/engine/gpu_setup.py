@@ -22,6 +22,7 @@ from flexjudge_fast.engine.sampling_params import SamplingParams
 from flexjudge_fast.errors import InvalidArgumentError
 from flexjudge_fast.models.decoder import Decoder
 from flexjudge_fast.ops.backend import use_kernel_bundle
+from flexjudge_fast.prompts.grammar import Probe
 
 _FRACTION = 0.9  # of what no step needs
 
@@ -47,7 +48,14 @@ class GpuParts:
     def max_blocks(self) -> int:
         return -(-self.max_len // self.config.block_size) + 1
 
-    def runner(self, num_blocks: int, with_graphs: bool) -> GpuRunner:
+    @property
+    def ladder(self) -> GraphLadder | None:
+        """Sizes of recorded steps, if there are any."""
+        if not (self.config.cuda_graphs and self.planner.records):
+            return None
+        return GraphLadder(self.config.max_num_seqs, self.max_blocks)
+
+    def runner(self, num_blocks: int, ladder: GraphLadder | None) -> GpuRunner:
         config, decoder = self.config, self.model.config
 
         def buffers() -> InputBuffers:
@@ -72,7 +80,7 @@ class GpuParts:
             CudaDevice(self.device),
             self.planner,
             self.encoder,
-            GraphLadder(config.max_num_seqs, self.max_blocks) if with_graphs else None,
+            ladder,
         )
 
 
@@ -96,27 +104,28 @@ def make_gpu_runner(
         use_kernel_bundle(Path(config.kernel_bundle))
     planner = make_planner(config.attention_backend, model.config, model.dtype, kv_dtype, config.block_size)
     parts = GpuParts(model, kv_dtype, config, max_len, device, planner, encoder)
-    with_graphs = config.cuda_graphs and planner.records
+    ladder = parts.ladder
     if config.kv_cache_memory is not None:
         budget = parse_bytes("kv_cache_memory", config.kv_cache_memory)
     else:
-        graphs = graph_bytes(config.max_num_seqs, model.config.vocab_size) if with_graphs else 0
+        graphs = 0 if ladder is None else graph_bytes(ladder, model.config.vocab_size)
         step, encoding = _step_peak(parts), _encoder_peak(parts)
         free, total = torch.cuda.mem_get_info(device)
         memory = GpuMemory(total, free, step, encoding, graphs)
         budget = memory.kv_cache(config.kv_cache_fraction or _FRACTION)
     block_bytes = config.block_size * kv_bytes_per_token(model.config, kv_dtype)
     num_blocks = num_blocks_of(config, budget, block_bytes, max_len)
-    return parts.runner(num_blocks, with_graphs), num_blocks
+    return parts.runner(num_blocks, ladder), num_blocks
 
 
 def _step_peak(parts: GpuParts) -> int:
-    """Of a step of `max_batched_tokens` tokens of one prompt."""
+    """Of a step of `max_batched_tokens` tokens of one prompt, with as many rows of logits as sequences."""
     count = min(parts.config.max_batched_tokens, parts.max_len - 1)
     blocks = -(-count // parts.config.block_size) + 1
-    runner = parts.runner(blocks, with_graphs=False)
+    runner = parts.runner(blocks, ladder=None)
     request = Request(0, (0,) * count, SamplingParams(max_tokens=1), _NoText(), frozenset(), parts.max_len)
     request.block_table = list(range(blocks))
+    request.probe = Probe(0, (0,) * min(count, parts.config.max_num_seqs))
     return peak_bytes(lambda: runner.run(Batch((Chunk(request, 0, count),), ())), parts.device)
 
 
@@ -127,4 +136,5 @@ def _encoder_peak(parts: GpuParts) -> int:
     tower = parts.encoder.vision.tower
     side = isqrt(parts.config.max_encoder_patches) // 2 * 2
     patches = torch.zeros(side * side, tower.config.patch_elements)
-    return peak_bytes(lambda: tower.encode(patches, [(1, side, side)]), parts.device)
+    with torch.cuda.device(parts.device):
+        return peak_bytes(lambda: tower.encode(patches, [(1, side, side)]), parts.device)

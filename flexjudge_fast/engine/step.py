@@ -9,7 +9,7 @@ import torch
 
 from flexjudge_fast.engine.batch import Batch
 from flexjudge_fast.engine.model_runner import ModelRunner
-from flexjudge_fast.engine.random import uniform
+from flexjudge_fast.engine.random import uniforms
 from flexjudge_fast.engine.request import Request
 from flexjudge_fast.engine.sampler import draw_of, log_probs, sample_among, top_log_probs
 from flexjudge_fast.engine.scheduler import Scheduler
@@ -194,7 +194,8 @@ class Stepper:
             if allowed is None and drawn is not None and drawn.banned == banned:
                 tokens[request] = drawn.token_id
                 continue
-            draw = draw_of(request.params, row, uniform_of(request, len(request.token_ids)))
+            (uniform,) = uniforms_of([(request, len(request.token_ids))])
+            draw = draw_of(request.params, row, uniform)
             if allowed is None:
                 free[banned][request] = draw
             else:
@@ -227,12 +228,11 @@ def row_ranges(batch: Batch) -> tuple[range, ...]:
     return tuple(range(end - n, end) for n, end in zip(counts, accumulate(counts), strict=True))
 
 
-def uniform_of(request: Request, position: int) -> float:
-    """The request's random number for the token at `position`; 0 when it is greedy."""
-    params = request.params
-    if params.temperature == 0:
-        return 0.0
-    return uniform(params.seed, request.key, request.sample_index, position)
+def uniforms_of(places: Sequence[tuple[Request, int]]) -> list[float]:
+    """Each request's random number for its token at this position; greedy ones do not look at theirs."""
+    if all(request.params.temperature == 0 for request, _ in places):
+        return [0.0] * len(places)
+    return uniforms([(r.params.seed, r.key, r.sample_index, position) for r, position in places])
 
 
 def _read_distribution(grammar: AnswerState, slot: int, prefix: tuple[int, ...], row: torch.Tensor) -> None:

@@ -72,19 +72,21 @@ class Decoder:
         return x
 
     def step(
-        self, token_ids: torch.Tensor, inputs: AttentionInput, cache: torch.Tensor, logit_rows: torch.Tensor
+        self,
+        token_ids: torch.Tensor,
+        inputs: AttentionInput,
+        cache: torch.Tensor,
+        logit_rows: torch.Tensor,
+        out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`forward`, then the logits of `logit_rows` [num_rows].
+        """`forward`, then the logits of `logit_rows` [num_rows], in `out` if it is there.
 
         Returns:
             Logits [num_rows, vocab_size] float32; bool [num_rows], whether a row's are all finite.
         """
-        logits = self.logits(self.forward(token_ids, inputs, cache)[logit_rows])
+        logits = self.lm_head(self.forward(token_ids, inputs, cache)[logit_rows])
+        logits = logits.float() if out is None else out.copy_(logits)
         return logits, torch.isfinite(logits).all(-1)
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[num_rows, hidden] to [num_rows, vocab_size] float32."""
-        return self.lm_head(hidden).float()
 
 
 def _load_layer(config: DecoderConfig, load: TensorLoader, prefix: str) -> DecoderLayer:

@@ -54,6 +54,7 @@ class Tokenizer:
         self._cut = re.compile(
             "|".join(re.escape(t) for t in sorted(added, key=len, reverse=True)) or r"(?!)"
         )
+        self._bytes: dict[int, bytes] = {}  # of ids that were asked for
         self._special_ids = frozenset(int(t["id"]) for t in added.values() if t.get("special"))
         self.vocab_size = self._whole.get_vocab_size(with_added_tokens=True)
         self.eos_ids = self._named_ids(config, "eos_token")
@@ -141,6 +142,12 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token stands for; nothing for special tokens and unknown ids."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = self._bytes[token_id] = self._read_bytes(token_id)
+        return known
+
+    def _read_bytes(self, token_id: int) -> bytes:
         token = self._whole.id_to_token(token_id)
         if token is None or token_id in self._special_ids:
             return b""

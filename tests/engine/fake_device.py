@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ class FakeDevice:
     def __init__(self) -> None:
         self._queue: list[Callable[[], None]] = []
         self._done = 0
+
+    def active(self) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def submit(self, work: Callable[[], None]) -> None:
         self._queue.append(work)
@@ -69,7 +73,12 @@ class HashModel:
         self.bad_share = bad_share
 
     def step(
-        self, token_ids: torch.Tensor, inputs: AttentionInput, cache: torch.Tensor, logit_rows: torch.Tensor
+        self,
+        token_ids: torch.Tensor,
+        inputs: AttentionInput,
+        cache: torch.Tensor,
+        logit_rows: torch.Tensor,
+        out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         held = cache[0, 0, :, :, 0, 0]  # [num_blocks, block_size]
         block_size = held.shape[1]
@@ -84,6 +93,7 @@ class HashModel:
             tokens = held[inputs.block_tables[i]].flatten()[:context]
             rows.append(self._logits(tokens.numpy().astype(np.int64)))
         logits = torch.stack(rows) if rows else torch.zeros(0, self.config.vocab_size)
+        logits = logits if out is None else out.copy_(logits)
         return logits, torch.isfinite(logits).all(-1)
 
     def _logits(self, tokens: np.ndarray) -> torch.Tensor:

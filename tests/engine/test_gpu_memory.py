@@ -3,6 +3,7 @@
 import pytest
 
 from flexjudge_fast.engine.gpu_memory import GpuMemory, graph_bytes
+from flexjudge_fast.engine.graph_ladder import GraphLadder
 from flexjudge_fast.errors import InvalidArgumentError
 
 GIB = 1 << 30
@@ -30,5 +31,7 @@ def test_nothing_left_names_every_term(free: int) -> None:
         assert name in str(caught.value)
 
 
-def test_graphs_keep_the_largest_step() -> None:
-    assert graph_bytes(64, 152064) == 3 * 64 * 152064 * 4
+def test_graphs_keep_logits_once() -> None:
+    ladder = GraphLadder(64, 2049)
+    descriptions = len(ladder.num_seqs) * len(ladder.table_widths) << 21
+    assert graph_bytes(ladder, 152064) == 2 * 64 * 152064 * 4 + descriptions

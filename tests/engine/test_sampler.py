@@ -2,11 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from flexjudge_fast import InvalidArgumentError, SamplingParams
-from flexjudge_fast.engine.random import philox4x32, uniform
+from flexjudge_fast.engine.random import philox4x32, uniforms
 from flexjudge_fast.engine.sampler import draw_of, log_probs, sample_among, top_log_probs
 from flexjudge_fast.ops.sample import Draw
 
@@ -33,18 +34,24 @@ def test_log_probs():
 
 def test_philox_known_answers():
     """The vectors of the Random123 distribution (kat_vectors, philox4x32 10)."""
-    assert philox4x32((0, 0, 0, 0), (0, 0)) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
     ones = 0xFFFFFFFF
-    assert philox4x32((ones,) * 4, (ones,) * 2) == (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)
-    pi = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
-    assert philox4x32(pi, (0xA4093822, 0x299F31D0)) == (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)
+    counters = [(0,) * 4, (ones,) * 4, (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)]
+    keys = [(0, 0), (ones, ones), (0xA4093822, 0x299F31D0)]
+    found = philox4x32(np.array(counters, dtype=np.uint64).T, np.array(keys, dtype=np.uint64).T)
+    assert found.T.tolist() == [
+        [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8],
+        [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD],
+        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+    ]
 
 
 def test_draws_differ_in_every_coordinate():
-    base = (5, 6, 7, 8)
-    draws = {uniform(*base)} | {uniform(*(v + (i == k) for i, v in enumerate(base))) for k in range(4)}
-    assert len(draws) == 5
+    base = (5, 6, 7, 2**32 - 2)
+    others = [tuple(v + (i == k) for i, v in enumerate(base)) for k in range(4)]
+    draws = uniforms([base, *others, (2**64 - 1, 2**64 - 1, 0, 0)])
+    assert len(set(draws)) == 6
     assert all(0 <= d < 1 for d in draws)
+    assert uniforms([base]) == draws[:1] and uniforms([]) == []
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from flexjudge_fast.engine.random import uniform
+from flexjudge_fast.engine.random import uniforms
 from flexjudge_fast.ops.sample import Draw, sample_reference, sample_tokens
 
 OPTIONS = [{}, {"top_k": 7}, {"top_p": 0.6}, {"min_p": 0.2}, {"top_k": 290, "top_p": 0.9, "min_p": 0.01}]
@@ -86,7 +86,8 @@ def test_ties_and_ends(isa):
 
 def test_frequencies(isa):
     logits = torch.tensor([[0.1, 0.4, 0.5]]).log()
-    draws = [draw(at=uniform(1, 2, 3, position), temperature=1.0) for position in range(20_000)]
+    numbers = uniforms([(1, 2, 3, position) for position in range(20_000)])
+    draws = [draw(at=number, temperature=1.0) for number in numbers]
     drawn = sample_tokens(logits, draws, (), 2)
     assert [round(drawn.count(i) / 20_000, 1) for i in range(3)] == [0.1, 0.4, 0.5]
 
