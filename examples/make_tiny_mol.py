@@ -140,7 +140,10 @@ def blending(prefix: str = "encoder.blending_module.") -> Shapes:
     found = linear(prefix + "mlp.moleculestm.0", BLEND, GRAPH) | linear(prefix + "mlp.unimol.0", BLEND, SPACE)
     names = ("self_attn_block_2D", "self_attn_block_3D", "cross_attn_block_2Dto3D", "cross_attn_block_3Dto2D")
     for block in (f"{prefix}cross_attn_blocks.{i}.{name}." for i in range(LAYERS) for name in names):
-        found |= {block + "attn.in_proj_weight": (3 * BLEND, BLEND), block + "attn.in_proj_bias": (3 * BLEND,)}
+        found |= {
+            block + "attn.in_proj_weight": (3 * BLEND, BLEND),
+            block + "attn.in_proj_bias": (3 * BLEND,),
+        }
         found |= linear(block + "attn.out_proj", BLEND, BLEND)
         found |= linear(block + "mlp.0", 4 * BLEND, BLEND) | linear(block + "mlp.2", BLEND, 4 * BLEND)
         for name in ("ln", "ln_q", "ln_k", "ln_v"):

@@ -188,6 +188,20 @@ def test_limits():
     assert str(error.value).startswith(f"molecules[0]: '{IMPOSSIBLE}': its atoms cannot be placed in space")
 
 
+def test_small_molecules_get_fewer_attempts():
+    limits = MoleculeLimits()
+    assert [limits.attempts(n) for n in (0, 10, 20, 50, 500)] == [10, 10, 20, 50, 50]
+    assert MoleculeLimits(max_attempts=2).attempts(20) == 2
+
+
+def test_after_a_fork(decoder):
+    """What another thread of the parent was holding then is not waited for."""
+    with MoleculeDecoder(num_workers=1) as other:
+        other._finding.acquire()
+        other._pid -= 1
+        assert len(prepare(other, "CCO").graph.tokens) == 5
+
+
 def test_hangs_end_the_process_alone(decoder):
     with MoleculeDecoder(MoleculeLimits(parse_timeout=0.3), num_workers=1) as other:
         prepare(other, "C")
