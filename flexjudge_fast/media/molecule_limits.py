@@ -14,8 +14,8 @@ class MoleculeLimits:
     Args:
         max_bytes: of the text, or of an RDKit molecule in its binary form.
         max_atoms: heavy atoms; of a molecule of hydrogen alone, all.
-        min_attempts, max_attempts: to place the atoms, from distances and as often from random places: one for
-            each heavy atom, within these bounds. What is small and needs many is impossible.
+        min_attempts, max_attempts: to place the atoms, from distances and as often from random places: as
+            many as heavy atoms, within these bounds. What is small and needs many is impossible.
         max_memory_bytes: of the process that reads, all in all.
         parse_timeout: seconds until the molecule is understood.
         timeout: seconds of wall-clock and of processor time for all of it, the atoms' places included.

@@ -1,4 +1,4 @@
-"""Mutated SMILES and SDF texts: each is read or refused with a MediaError within a second, and fails alone."""
+"""Mutated SMILES and SDF texts: each is read, or refused with a MediaError within a second, and alone."""
 
 import os
 import random

@@ -1,7 +1,9 @@
 """A Mol-LLaMA that lacks parts, holds broken ones, or meets a judge that does not fit: typed errors."""
 
 import json
+import runpy
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -227,6 +229,19 @@ def test_bert_errors(folder, fields):
     edit(folder / "bert", **fields)
     with pytest.raises(UnsupportedCheckpointError):
         open_model(folder)
+
+
+def test_the_example_checkpoint():
+    """What `examples/make_tiny_mol.py` writes has the names and shapes of the reference's own."""
+    published = load_file(REDUCED / "checkpoint" / "model.safetensors")
+    script = Path(__file__).parents[2] / "examples" / "make_tiny_mol.py"
+    ours = runpy.run_path(str(script))["shapes"]()
+    assert not set(ours) - set(published)
+    for name, tensor in published.items():
+        if "embed_tokens.weight" in name and name.startswith(LLM) or "lm_head" in name:  # more tokens there
+            assert ours[name][1:] == tensor.shape[1:]
+        elif tensor.is_floating_point() and "graph_pred_linear" not in name:  # which is not used
+            assert ours[name] == tuple(tensor.shape), name
 
 
 def test_published_bert(tmp_path):
