@@ -174,6 +174,11 @@ def test_judge_with_other_maths(judge, fields, message):
         open_model(REDUCED / "checkpoint", judge_backbone=judge)
 
 
+def test_judge_that_is_a_mol_llama(folder):
+    with pytest.raises(UnsupportedCheckpointError, match=r"mol: a judge's backbone must be .*'MolLLaMA'"):
+        open_model(REDUCED / "checkpoint", judge_backbone=folder)
+
+
 def test_judge_without_a_tensor(judge):
     rewrite(judge, without("model.layers.1.mlp.gate_proj"))
     with pytest.raises(CheckpointError, match=r"judge: tensor model\.layers\.1\.mlp\.gate_proj"):
