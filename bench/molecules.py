@@ -1,16 +1,19 @@
-"""Molecules: encoding 64 at the published sizes, random weights, ours against plain torch one by one.
+"""Molecules: placing 64 in space; encoding 64 at the published sizes, ours against plain torch one by one.
 
 python -m bench.molecules [threads] [rounds]
 """
 
+import os
 import statistics
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
 from bench.vision_models import InMemory
+from flexjudge_fast.media.molecule_pool import MoleculeDecoder
 from flexjudge_fast.models.mol_llama_config import MolLlamaConfig, QFormerConfig
 from flexjudge_fast.models.molecule_encoder import MoleculeEncoder
 from flexjudge_fast.models.molecule_graph import MoleculeGraph
@@ -19,6 +22,27 @@ from flexjudge_fast.models.molecule_stm import EDGE_SIZES, NODE_SIZES
 from flexjudge_fast.ops.backend import has_compiled_ops
 
 COUNT, LLM_HIDDEN = 64, 4096
+# Amides of 8 acids and 8 amines, with rings and chains as drugs have them: 19 to 41 heavy atoms.
+ACIDS = (
+    "CC(C)Cc1ccc(cc1)C(C)",
+    "COc1ccc2cc(ccc2c1)C(C)",
+    "Cc1onc(-c2ccccc2Cl)c1",
+    "CC(=O)Oc1ccccc1",
+    "Cc1c(Cl)cccc1Nc1ccccc1",
+    "CC1(C)SC2C(NC(=O)Cc3ccccc3)C(=O)N2C1",
+    "Cc1ccc(cc1)-c1cc(C)nn1-c1ccc(cc1)",
+    "Clc1ccc(cc1)C1CCN(CC1)C",
+)
+AMINES = (
+    "NCCc1ccc(O)c(O)c1",
+    "N1CCN(CC1)c1ccccc1OC",
+    "NC(C)C(O)c1ccccc1",
+    "N1CCC(CC1)Oc1ccc(F)cc1",
+    "NC1CCCCC1",
+    "NCCCN1c2ccccc2CCc2ccccc21",
+    "Nc1ccc(cc1)S(=O)(=O)Nc1ncccn1",
+    "NCC(O)COc1cccc2ccccc12",
+)
 CONFIG = MolLlamaConfig("", 8, 32.0, 4, 8, QFormerConfig(8, 2, 12, 768, 12, 3072, 1e-12))
 _UNIMOL, _STM = "encoder.graph_encoder.unimol.", "encoder.graph_encoder.moleculestm.molecule_node_model."
 Shapes = dict[str, tuple[int, ...]]
@@ -137,7 +161,36 @@ def drug_like(rng: np.random.Generator) -> MoleculeGraph:
     return MoleculeGraph(tokens, places, features, edges, bond_features)
 
 
+def place(num_workers: int) -> float:
+    """Molecules a second that are parsed and placed in space, by so many processes that are already there."""
+    smiles = [f"{acid}C(=O){amine}" for acid in ACIDS for amine in AMINES]
+    with MoleculeDecoder(num_workers=num_workers) as decoder, ThreadPoolExecutor(num_workers) as threads:
+
+        def read(text: str) -> None:
+            decoder.decode(text.encode(), form="text")
+
+        list(threads.map(read, ["C" * (i + 1) for i in range(4 * num_workers)]))  # the processes start
+        start = time.perf_counter()
+        list(threads.map(read, smiles))
+        return len(smiles) / (time.perf_counter() - start)
+
+
+def report(name: str, rates: list[float]) -> None:
+    print(f"{name}: {statistics.median(rates):.1f} molecules/s ({min(rates):.1f} to {max(rates):.1f})")
+
+
 def main(threads: int = 2, rounds: int = 3) -> None:
+    counts = sorted({1, 2, os.cpu_count() or 1})
+    placed: dict[int, list[float]] = {count: [] for count in counts}
+    for _ in range(rounds):
+        for count in counts:
+            placed[count].append(place(count))
+    for count in counts:
+        report(f"placed in space by {count} process(es)", placed[count])
+    compare_encoders(threads, rounds)
+
+
+def compare_encoders(threads: int, rounds: int) -> None:
     if not has_compiled_ops():
         sys.exit("the compiled ops are not built here")
     torch.manual_seed(0)
@@ -157,7 +210,7 @@ def main(threads: int = 2, rounds: int = 3) -> None:
             encoder.encode(graphs)
             samples[name].append(COUNT / (time.perf_counter() - start))
     for name, values in samples.items():
-        print(f"{name}: {statistics.median(values):.1f} molecules/s ({min(values):.1f} to {max(values):.1f})")
+        report(name, values)
 
 
 if __name__ == "__main__":

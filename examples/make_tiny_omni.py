@@ -3,7 +3,6 @@
 python examples/make_tiny_omni.py tiny-omni
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -106,9 +105,7 @@ def shapes() -> dict[str, tuple[int, ...]]:
 def write(folder: Path, seed: int = 0) -> None:
     """The whole checkpoint; the same bytes for the same seed."""
     vl.write(folder, seed, shapes(), AUDIO_TOKENS)
-    files = {"config.json": config(), "preprocessor_config.json": PREPROCESSOR}
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=1))
+    vl.save_json(folder, {"config.json": config(), "preprocessor_config.json": PREPROCESSOR})
 
 
 if __name__ == "__main__":

@@ -128,34 +128,50 @@ def shapes() -> dict[str, tuple[int, ...]]:
     return found
 
 
+def save_weights(folder: Path, tensor_shapes: dict[str, tuple[int, ...]], seed: int) -> None:
+    """Ones for the weights of norms, and random numbers; the same bytes for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in tensor_shapes.items():
+        is_norm = name.endswith(("weight", "running_var")) and len(shape) == 1
+        tensors[name] = torch.ones(shape) if is_norm else 0.15 * torch.randn(shape, generator=generator)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def save_tokenizer(folder: Path, control_tokens: Sequence[str]) -> None:
+    """A token for each byte, then the control tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(control_tokens))
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def save_json(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content, indent=1))
+
+
 def write(
     folder: Path,
     seed: int = 0,
     tensor_shapes: dict[str, tuple[int, ...]] | None = None,
     more_tokens: Sequence[str] = (),
 ) -> None:
-    """The whole checkpoint; the same bytes for the same seed."""
+    """The whole checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, shape in (tensor_shapes or shapes()).items():
-        is_norm = name.endswith("weight") and ("norm" in name or ".ln_" in name)
-        tensors[name] = torch.ones(shape) if is_norm else 0.15 * torch.randn(shape, generator=generator)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([*CONTROL_TOKENS, *more_tokens])
-    tokenizer.save(str(folder / "tokenizer.json"))
+    save_weights(folder, tensor_shapes or shapes(), seed)
+    save_tokenizer(folder, [*CONTROL_TOKENS, *more_tokens])
     files = {
         "config.json": CONFIG,
         "preprocessor_config.json": PREPROCESSOR,
         "tokenizer_config.json": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
         "chat_template.json": {"chat_template": CHAT_TEMPLATE},
     }
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=1))
+    save_json(folder, files)
 
 
 if __name__ == "__main__":

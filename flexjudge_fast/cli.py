@@ -1,42 +1,22 @@
-"""The command line: score, compare, rank, choose, run a file, look at a model, quantise one."""
+"""The command line: score, compare, rank, choose, best-of, run a file, look at a model, quantise one."""
 
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from flexjudge_fast.cli_options import (
-    AsJson,
-    Audios,
-    Backbone,
-    Fps,
-    Hear,
-    Images,
+    OWN_MEDIA,
     Instruction,
-    MaxPixels,
-    Model,
-    Order,
-    Remote,
-    ResizeText,
-    ResponseAudios,
-    ResponseImages,
     Responses,
-    ResponseVideos,
-    Rubric,
-    ScaleText,
-    Seed,
-    Smiles,
-    Temperature,
-    ThinkTokens,
-    Videos,
-    Votes,
     judgement_options,
     with_media,
+    with_options,
 )
 from flexjudge_fast.errors import CheckpointError, FlexJudgeError, InvalidArgumentError
 from flexjudge_fast.verdict import Verdict
@@ -48,120 +28,79 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
 
-@dataclass(frozen=True)
-class _Call:
-    """One command's model and options."""
-
-    model: str
-    as_json: bool
-    options: dict[str, Any]
-    judge_backbone: str | None = None
-
-
 @app.command()
+@with_options(without=["order"])
 def score(
     instruction: Instruction,
-    response: Annotated[Optional[str], typer.Argument(help="The answer.")] = None,  # noqa: UP045
-    model: Model = "",
-    judge_backbone: Backbone = None,
-    as_json: AsJson = False,
-    rubric: Rubric = None,
-    scale: ScaleText = None,
-    votes: Votes = None,
-    seed: Seed = None,
-    temperature: Temperature = None,
-    max_think_tokens: ThinkTokens = None,
-    image: Images = None,
-    video: Videos = None,
-    audio: Audios = None,
-    smiles: Smiles = None,
-    response_image: ResponseImages = None,
-    response_video: ResponseVideos = None,
-    response_audio: ResponseAudios = None,
-    use_audio_in_video: Hear = False,
-    resize: ResizeText = None,
-    max_pixels: MaxPixels = None,
-    fps: Fps = None,
-    allow_remote: Remote = False,
+    response: Annotated[str | None, typer.Argument(help="The answer.")] = None,
+    **given: Any,
 ) -> None:
     """Score one response."""
-    options = _checked(judgement_options, locals())
-    responses = [response] if response is not None else []
-    _judge_one("score", instruction, responses, _Call(model, as_json, options, judge_backbone))
-
-
-def _command_for(kind: str, text: str) -> None:
-    """compare, rank and choose differ in their name alone."""
-
-    def command(
-        instruction: Instruction,
-        responses: Responses = None,
-        model: Model = "",
-        judge_backbone: Backbone = None,
-        as_json: AsJson = False,
-        rubric: Rubric = None,
-        scale: ScaleText = None,
-        votes: Votes = None,
-        order: Order = None,
-        seed: Seed = None,
-        temperature: Temperature = None,
-        max_think_tokens: ThinkTokens = None,
-        image: Images = None,
-        video: Videos = None,
-        audio: Audios = None,
-        smiles: Smiles = None,
-        response_image: ResponseImages = None,
-        response_video: ResponseVideos = None,
-        response_audio: ResponseAudios = None,
-        use_audio_in_video: Hear = False,
-        resize: ResizeText = None,
-        max_pixels: MaxPixels = None,
-        fps: Fps = None,
-        allow_remote: Remote = False,
-    ) -> None:
-        options = _checked(judgement_options, locals())
-        _judge_one(kind, instruction, responses or [], _Call(model, as_json, options, judge_backbone))
-
-    app.command({"pair": "compare", "rank": "rank", "choice": "choose"}[kind], help=text)(command)
-
-
-_command_for("pair", "Score two responses side by side.")
-_command_for("rank", "Score two or more responses, no two alike.")
-_command_for("choice", "Choose: A better, B better, both good, both bad.")
+    _judge_one("score", instruction, [] if response is None else [response], given)
 
 
 @app.command()
+@with_options()
+def compare(instruction: Instruction, responses: Responses = None, **given: Any) -> None:
+    """Score two responses side by side."""
+    _judge_one("pair", instruction, responses, given)
+
+
+@app.command()
+@with_options()
+def rank(instruction: Instruction, responses: Responses = None, **given: Any) -> None:
+    """Score two or more responses, no two alike."""
+    _judge_one("rank", instruction, responses, given)
+
+
+@app.command()
+@with_options()
+def choose(instruction: Instruction, responses: Responses = None, **given: Any) -> None:
+    """Choose: A better, B better, both good, both bad."""
+    _judge_one("choice", instruction, responses, given)
+
+
+@app.command("best-of")
+@with_options(without=["order"])
+def best_of(instruction: Instruction, responses: Responses = None, **given: Any) -> None:
+    """Score each response by itself, from 1.0 to 10.0 by default; name the best, and all that tie."""
+    with _ending():
+        options = judgement_options(given)
+        answers = with_media(responses, options.pop("response_media"))
+        # Checked before the model loads: a wrong argument should not cost the wait.
+        read = [_judgement("score", instruction, [answer], options).responses[0] for answer in answers]
+        if not read:
+            raise InvalidArgumentError("responses: at least one is expected")
+        found = _load(given).best_of(instruction, read, **options)
+    if given["as_json"]:
+        print(json.dumps(found.to_dict(), ensure_ascii=False))
+    else:
+        for verdict in found.verdicts:
+            _show(verdict)
+        print(f"best of {len(read)}: {found.headline}")
+    if None in found.scores:
+        raise typer.Exit(1)
+
+
+@app.command()
+@with_options(without=OWN_MEDIA)
 def run(
     file: Annotated[
         Path, typer.Argument(help="JSON lines: instruction, responses, and any judgement option.")
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the verdicts go, one JSON line each.")],
-    model: Model = "",
-    judge_backbone: Backbone = None,
-    as_json: AsJson = False,
-    rubric: Rubric = None,
-    scale: ScaleText = None,
-    votes: Votes = None,
-    order: Order = None,
-    seed: Seed = None,
-    temperature: Temperature = None,
-    max_think_tokens: ThinkTokens = None,
-    use_audio_in_video: Hear = False,
-    resize: ResizeText = None,
-    max_pixels: MaxPixels = None,
-    fps: Fps = None,
-    allow_remote: Remote = False,
     resume: Annotated[bool, typer.Option(help="Keep the verdicts that are there, judge the rest.")] = False,
+    **given: Any,
 ) -> None:
     """Judge every line of a file; a verdict is on disk as soon as it is reached."""
-    options = _checked(judgement_options, locals())
-    del options["response_media"]
-    lines = _read_lines(file)
-    done = _finished(out) if resume else set()
-    todo = [i for i in range(len(lines)) if i not in done]
-    failed = 0
-    try:
-        judge = _load(model, judge_backbone)
+    as_json, failed = given["as_json"], 0
+    with _ending(f"interrupted; finished verdicts are in {out}, --resume judges the rest"):
+        options = judgement_options(given)
+        del options["response_media"]
+        lines = _read_lines(file)
+        done = _finished(out) if resume else set()
+        todo = [i for i in range(len(lines)) if i not in done]
+        judge = _load(given)
         with out.open("a" if resume else "w", encoding="utf-8") as sink:
             for verdict in _verdicts(judge, [lines[i] for i in todo], todo, options, progress=not as_json):
                 line = json.dumps(verdict.to_dict(), ensure_ascii=False)
@@ -170,24 +109,22 @@ def run(
                 failed += verdict.finish_reason == "error"
                 print(line) if as_json else _show(verdict)
         if not as_json:
-            _show_stats(judge, len(todo), failed, out)
-    except (FlexJudgeError, OSError) as error:
-        _fail(error)
-    except KeyboardInterrupt:
-        _fail(
-            InvalidArgumentError(f"interrupted; finished verdicts are in {out}, --resume judges the rest"),
-            130,
-        )
+            stats = judge.engine.stats()
+            print(
+                f"{len(todo)} judged, {failed} failed; {stats.num_forward_tokens} tokens computed, "
+                f"{stats.hit_rate:.0%} of prompt tokens from the cache; verdicts in {out}"
+            )
     if failed:
         raise typer.Exit(1)
 
 
 @app.command()
 def info(
-    model: Annotated[str, typer.Argument(help="HF folder, hub id or .gguf.")] = "", as_json: AsJson = False
+    model: Annotated[str, typer.Argument(help="HF folder, hub id or .gguf.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
 ) -> None:
     """What a checkpoint holds, and whether it can be loaded. Reads no weights."""
-    try:
+    with _ending():
         from flexjudge_fast.models.config import model_config, read_decoder_config
         from flexjudge_fast.models.registry import open_model
 
@@ -208,8 +145,6 @@ def info(
             "bytes": sum(path.stat().st_size for path in checkpoint.weight_files()),
             "chat_template": bool(checkpoint.tokenizer_config.get("chat_template")),
         }
-    except (FlexJudgeError, OSError) as error:
-        _fail(error)
     print(json.dumps(facts) if as_json else "\n".join(f"{name:14} {value}" for name, value in facts.items()))
 
 
@@ -240,44 +175,32 @@ def quantize_model(
     from flexjudge_fast.weights.quantization import QUANTIZATIONS, find_quantization
     from flexjudge_fast.weights.quantized_folder import write_folder
 
-    try:
+    with _ending():
         scheme = find_quantization(to)
         if scheme is None and to != "keep":
             raise InvalidArgumentError(f"--to {to!r}: must be one of {', '.join(QUANTIZATIONS)}, keep")
         checkpoint = open_checkpoint(model)
         read_decoder_config(model_config(checkpoint.config))  # refuses what could not be loaded again
         num_bytes = write_folder(checkpoint, out, scheme, force)
-    except (FlexJudgeError, OSError) as error:
-        _fail(error)
     print(f"{out}: {num_bytes / 1e6:.0f} MB of weights ({to})")
 
 
-def _checked(read: Callable[[dict[str, Any]], dict[str, Any]], given: dict[str, Any]) -> dict[str, Any]:
-    """Options read, or a message and the end."""
-    try:
-        return read(given)
-    except InvalidArgumentError as error:
-        _fail(error)
+def _judge_one(kind: str, instruction: str, texts: list[str] | None, given: dict[str, Any]) -> None:
+    with _ending():
+        options = judgement_options(given)
+        # Checked before the model loads: a wrong argument should not cost the wait.
+        responses = with_media(texts, options.pop("response_media"))
+        judgement = _judgement(kind, instruction, responses, options)
+        (verdict,) = _load(given).run([judgement])
+        if verdict.finish_reason == "error":
+            raise FlexJudgeError(verdict.error or "unknown error")
+    print(json.dumps(verdict.to_dict(), ensure_ascii=False)) if given["as_json"] else _show(verdict)
 
 
-def _judge_one(kind: str, instruction: str, texts: list[str], call: _Call) -> None:
+def _judgement(kind: str, instruction: str, responses: list[Any], options: dict[str, Any]) -> "Judgement":
     from flexjudge_fast.prompts.judgement import Judgement
 
-    try:
-        # Checked before the model loads: a wrong argument should not cost the wait.
-        responses = with_media(texts, call.options.pop("response_media"))
-        judgement = Judgement.from_dict(
-            {"kind": kind, "instruction": instruction, "responses": responses, **call.options}
-        )
-        judge = _load(call.model, call.judge_backbone)
-        (verdict,) = judge.run([judgement])
-    except (FlexJudgeError, OSError) as error:
-        _fail(error)
-    except KeyboardInterrupt:
-        _fail(InvalidArgumentError("interrupted"), 130)
-    if verdict.finish_reason == "error":
-        _fail(FlexJudgeError(verdict.error or "unknown error"))
-    print(json.dumps(verdict.to_dict(), ensure_ascii=False)) if call.as_json else _show(verdict)
+    return Judgement.from_dict({"kind": kind, "instruction": instruction, "responses": responses, **options})
 
 
 def _verdicts(
@@ -309,9 +232,9 @@ def _read_lines(file: Path) -> list[str]:
     try:
         lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
-        _fail(InvalidArgumentError(f"{file}: {error}"))
+        raise InvalidArgumentError(f"{file}: {error}") from error
     if not lines:
-        _fail(InvalidArgumentError(f"{file}: it is empty"))
+        raise InvalidArgumentError(f"{file}: it is empty")
     return lines
 
 
@@ -330,10 +253,10 @@ def _finished(out: Path) -> set[int]:
     return done
 
 
-def _load(model: str, judge_backbone: str | None = None) -> "Judge":
+def _load(given: dict[str, Any]) -> "Judge":
     from flexjudge_fast.judge import Judge
 
-    return Judge.from_pretrained(model or default_model(), judge_backbone=judge_backbone)
+    return Judge.from_pretrained(given["model"] or default_model(), judge_backbone=given["judge_backbone"])
 
 
 def default_model() -> str:
@@ -373,12 +296,15 @@ def _show(verdict: Verdict) -> None:
     Console().print(Panel(body, title=Text(f"{name}: {verdict.headline}"), title_align="left"))
 
 
-def _show_stats(judge: "Judge", count: int, failed: int, out: Path) -> None:
-    stats = judge.engine.stats()
-    print(
-        f"{count} judged, {failed} failed; {stats.num_forward_tokens} tokens computed, "
-        f"{stats.hit_rate:.0%} of prompt tokens from the cache; verdicts in {out}"
-    )
+@contextmanager
+def _ending(interrupted: str = "interrupted") -> Iterator[None]:
+    """What goes wrong inside is a message and the end."""
+    try:
+        yield
+    except (FlexJudgeError, OSError) as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        _fail(InvalidArgumentError(interrupted), 130)
 
 
 def _fail(error: Exception, code: int = 2) -> NoReturn:

@@ -161,6 +161,19 @@ class BestOf:
     def is_tie(self) -> bool:
         return len(self.tied) > 1
 
+    @property
+    def headline(self) -> str:
+        """The outcome in a few words."""
+        if self.best is None:
+            return "no response has a score"
+        names = ", ".join(str(i + 1) for i in self.tied)
+        what = f"responses {names} tie" if self.is_tie else f"response {names} is the best"
+        return f"{what} (expected {self.scores[self.best]:.2f})"
+
+    def __repr__(self) -> str:
+        scores = ", ".join("none" if score is None else f"{score:.2f}" for score in self.scores)
+        return f"<BestOf: {self.headline}; scores {scores}>"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, numbers and strings."""
         plain = _plain(asdict(self))

@@ -2,9 +2,11 @@
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -55,6 +57,36 @@ def test_the_other_formats(model, command):
     assert json.loads(done.stdout)["finish_reason"] == "answer"
 
 
+def test_best_of(model):
+    args = ("best-of", "Q", "A", "B", "A", "--model", model, "--max-think-tokens", 4, "--temperature", 0)
+    found = json.loads(flexjudge(*args, "--json").stdout)
+    first, second, third = found["scores"]
+    assert first == third and len(found["verdicts"]) == 3
+    assert found["tied"] == ([0, 2] if first > second else [1])
+    shown = flexjudge(*args)
+    assert shown.returncode == 0
+    assert ("best of 3: responses 1, 3 tie" if first > second else "response 2 is the best") in shown.stdout
+
+
+def test_molecules_from_the_shell(tmp_path):
+    """The example's checkpoint, its own Llama and a judge's; a broken candidate does not stop the rest."""
+    example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "make_tiny_mol.py"))
+    example["write"](tmp_path / "mol")
+    example["write_llama"](tmp_path / "llama")
+    common = ("--json", "--model", tmp_path / "mol", "--max-think-tokens", 0)
+    ask = ("score", "Is <mol> soluble?", "Yes.", "--smiles", "CCO", *common)
+    swap = ("--judge-backbone", tmp_path / "llama")
+    own, swapped = (json.loads(flexjudge(*ask, *more).stdout) for more in ((), swap))
+    assert own["finish_reason"] == "answer" and own["score_probs"] != swapped["score_probs"]
+    assert json.loads(flexjudge("info", tmp_path / "mol", "--json").stdout)["reads"] == "text, molecule"
+    done = flexjudge("best-of", "Which?", "--response-smiles", "CCX", "--response-smiles", "CCO", *common)
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["best"], found["scores"][0]) == (1, 1, None)
+    assert "'CCX': no SMILES" in found["verdicts"][0]["error"]
+    wrong = flexjudge("score", "Polar?", "Yes.", "--smiles", "CCX", *common)
+    assert wrong.returncode == 2 and "molecules[0]: 'CCX': no SMILES" in wrong.stderr
+
+
 def test_run_keeps_going_and_resumes(model, tmp_path):
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     rows = [
@@ -89,6 +121,8 @@ def test_run_keeps_going_and_resumes(model, tmp_path):
         (["run", "missing.jsonl", "-o", "out.jsonl"], "missing.jsonl"),
         (["info", "/nowhere"], "/nowhere"),
         (["score", "Q", "A", "--votes", "0"], "votes"),
+        (["best-of", "Q"], "responses"),
+        (["best-of", "Q", "A", "", "--model", "/nowhere"], "it is empty"),
     ],
 )
 def test_a_mistake_is_one_line(model, args, names):

@@ -113,9 +113,12 @@ def parts_of(instruction, molecules, judge):
 def test_where_molecules_stand(judge):
     marked = parts_of("Is <mol> more polar than <mol>?", ("CCO", "CN"), judge)
     assert marked[1:6] == ["Is ", "CCO", " more polar than ", "CN", "?"]
-    for instruction in ("Which?", "<mol>?", "<mol><mol><mol>"):
-        found = parts_of(instruction, ("CCO", "CN"), judge)
-        assert found[:2] == ["CCO", "CN"] and found[3] == instruction
+    found = parts_of("Which?", ("CCO", "CN"), judge)
+    assert found[:2] == ["CCO", "CN"] and found[3] == "Which?"
+    for instruction in ("<mol>?", "<mol><mol><mol>"):
+        with pytest.raises(InvalidArgumentError, match=r"instruction: [13] <mol> for 2 molecules"):
+            parts_of(instruction, ("CCO", "CN"), judge)
+    assert "<mol>?" in parts_of("<mol>?", (), judge)  # plain text
 
 
 @pytest.mark.parametrize(("method", "count"), [("score", 1), ("compare", 2), ("rank", 3), ("choose", 2)])

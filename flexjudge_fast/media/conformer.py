@@ -27,10 +27,9 @@ def place_atoms(mol: Any, limits: MoleculeLimits) -> NDArray[np.float64]:
     ways = [(False, True), (True, True)]
     if len(Chem.GetMolFrags(whole)) > 1:
         ways.append((True, False))
-    if not any(_embed(whole, limits, *way) for way in ways):
-        raise MediaError(
-            f"its atoms cannot be placed in space, in {len(ways)} x {limits.max_attempts} attempts"
-        )
+    attempts = limits.attempts(mol.GetNumHeavyAtoms())
+    if not any(_embed(whole, attempts, limits.timeout, *way) for way in ways):
+        raise MediaError(f"its atoms cannot be placed in space, in {len(ways)} x {attempts} attempts")
     if rdForceFieldHelpers.MMFFHasAllMoleculeParams(whole):
         rdForceFieldHelpers.MMFFOptimizeMolecule(whole)
     elif rdForceFieldHelpers.UFFHasAllMoleculeParams(whole):
@@ -39,15 +38,17 @@ def place_atoms(mol: Any, limits: MoleculeLimits) -> NDArray[np.float64]:
     return places[: mol.GetNumAtoms()]
 
 
-def _embed(whole: Any, limits: MoleculeLimits, from_random_places: bool, fragments_apart: bool) -> bool:
+def _embed(
+    whole: Any, attempts: int, timeout: float, from_random_places: bool, fragments_apart: bool
+) -> bool:
     """Whether the atoms were placed. Fragments that are placed by themselves may lie in each other, as for
     the model's training; but ions of one atom each would all lie at one place, which is none."""
     params = rdDistGeom.ETKDGv3()
     params.randomSeed = SEED
-    params.maxIterations = limits.max_attempts
+    params.maxIterations = attempts
     params.useRandomCoords = from_random_places
     params.embedFragmentsSeparately = fragments_apart
-    params.timeout = max(int(limits.timeout), 1)
+    params.timeout = max(int(timeout), 1)
     if rdDistGeom.EmbedMolecule(whole, params) < 0:
         return False
     places = whole.GetConformer().GetPositions()

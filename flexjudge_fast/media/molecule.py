@@ -43,7 +43,8 @@ def prepare_molecule(
     try:
         graph = molecule_graph(_decode(item.source, decoder), processor)
     except MediaError as error:
-        raise MediaError(f"{item.name or item.kind}: {_describe(item.source)}: {error}") from error
+        hint = _hint(item.source)
+        raise MediaError(f"{item.name or item.kind}: {_describe(item.source)}: {error}{hint}") from error
     key = molecule_key(graph, processor)
     return PreparedMolecule("molecule", key, graph, processor.num_tokens)
 
@@ -79,7 +80,7 @@ def _decode(source: object, decoder: MoleculeDecoder) -> DecodedMolecule:
     if isinstance(source, tuple | list) and len(source) == 2:
         return _from_mapping({"symbols": source[0], "coordinates": source[1]}, decoder)
     raise MediaError(
-        f"{type(source).__name__} is no molecule; give a SMILES, MOL text, a Path, an rdkit.Chem.Mol, "
+        "it is no molecule; give a SMILES, MOL text, a Path, an rdkit.Chem.Mol, "
         "(symbols, coordinates) or a mapping"
     )
 
@@ -124,7 +125,7 @@ def _places(given: object) -> list[list[float]]:
     try:
         array: NDArray[np.float64] = np.asarray(given, np.float64)
     except (ValueError, TypeError) as error:
-        raise MediaError(f"coordinates: {error}") from error
+        raise MediaError("coordinates: a list of [x, y, z] for each atom is expected") from error
     check_places(array)
     places: list[list[float]] = array.tolist()
     return places
@@ -151,6 +152,12 @@ def _binary(source: Any) -> bytes:
     from rdkit.Chem import PropertyPickleOptions
 
     return bytes(source.ToBinary(int(PropertyPickleOptions.CoordsAsDouble)))
+
+
+def _hint(source: object) -> str:
+    """For those who give a file's name as a string."""
+    is_name = isinstance(source, str) and source.lower().endswith((".sdf", ".mol", ".smi", ".smiles"))
+    return "; give a pathlib.Path to have a file read" if is_name else ""
 
 
 def _describe(source: object) -> str:

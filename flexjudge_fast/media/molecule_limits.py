@@ -14,7 +14,8 @@ class MoleculeLimits:
     Args:
         max_bytes: of the text, or of an RDKit molecule in its binary form.
         max_atoms: heavy atoms; of a molecule of hydrogen alone, all.
-        max_attempts: to place the atoms, from distances and once more from random places.
+        min_attempts, max_attempts: to place the atoms, from distances and as often from random places: as
+            many as heavy atoms, within these bounds. What is small and needs many is impossible.
         max_memory_bytes: of the process that reads, all in all.
         parse_timeout: seconds until the molecule is understood.
         timeout: seconds of wall-clock and of processor time for all of it, the atoms' places included.
@@ -22,10 +23,15 @@ class MoleculeLimits:
 
     max_bytes: int = 1 << 18
     max_atoms: int = 512
+    min_attempts: int = 10
     max_attempts: int = 50
     max_memory_bytes: int = 512 << 20
     parse_timeout: float = 0.8
     timeout: float = 30.0
+
+    def attempts(self, num_heavy: int) -> int:
+        """How often atoms are placed before they are given up."""
+        return min(max(num_heavy, self.min_attempts), self.max_attempts)
 
     def check_file(self, num_bytes: int) -> None:
         """MediaError: there is no text, or too much."""

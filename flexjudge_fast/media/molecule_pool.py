@@ -80,6 +80,7 @@ class MoleculeDecoder(WorkerPool):
             )
         if not isinstance(source, bytes):  # a file may change
             return self._decode(source, given)
+        self._leave_parent()
         asked = json.dumps(given, sort_keys=True).encode()
         key = hashlib.sha256(len(asked).to_bytes(8, "little") + asked + source).digest()
         return self._remembered(key, lambda: self._decode(source, given))

@@ -37,6 +37,7 @@ from flexjudge_fast.media.vision_processor import VisionProcessor
 _Read = Callable[[MediaItem, MediaOptions], AnyMedia]
 _MOST_SECONDS = 1e6  # from one temporal patch to the next
 _MOST_THREADS = 4  # each may hold an image of 240 MiB while it is decoded
+_MOST_CHEMISTS = 8  # placing a molecule's atoms takes as long as encoding it, and little memory
 
 
 class TokenBudget:
@@ -81,7 +82,8 @@ class MediaReader:
         self._sees = sees
         self._hears = hears
         self._molecules = molecules
-        threads = min(max(2, os.cpu_count() or 1), _MOST_THREADS)
+        most = _MOST_THREADS if molecules is None else _MOST_CHEMISTS
+        threads = min(max(2, os.cpu_count() or 1), most)
         self._threads = ThreadPoolExecutor(threads, "flexjudge-media")
         self._videos = VideoDecoder()
         self._sounds = AudioDecoder()

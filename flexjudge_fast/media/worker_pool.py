@@ -107,8 +107,7 @@ class WorkerPool:
             MediaError: it cannot be read, is broken or over a limit; or decoding it crashed or hung.
             EngineStateError: this pool is closed.
         """
-        if os.getpid() != self._pid:
-            self._reset()  # the processes belong to the parent
+        self._leave_parent()
         if self._closed:
             raise EngineStateError("the decoder is closed")
         fd = _open_source(source, check_file)
@@ -121,6 +120,11 @@ class WorkerPool:
                     self._give_back(worker)
         finally:
             os.close(fd)
+
+    def _leave_parent(self) -> None:
+        """After a fork: processes, locks and what threads are waiting for belong to the parent."""
+        if os.getpid() != self._pid:
+            self._reset()
 
     def _take(self) -> "DecodingProcess":
         with self._lock:

@@ -15,6 +15,7 @@ from flexjudge_fast.models.mol_llama_config import (
     MOL_LLAMA,
     MolLlamaConfig,
     folder_inside,
+    is_mol_llama,
     read_mol_llama_config,
 )
 from flexjudge_fast.weights.checkpoint import Checkpoint, open_checkpoint, read_json
@@ -205,18 +206,16 @@ class MolLlamaCheckpoint(Checkpoint):
     def _llama_config(self, ignore: Collection[str]) -> dict[str, Any]:
         """The base's config.json; a judge's must ask for the same maths."""
         base = self._base.config if self._base is not None else _base_config(self.path, self.molecule)
-        judge = None if self._judge is None else model_config(self._judge.config)
+        judge = None if self._judge is None else _config_of(self._judge)
         found = base if base is not None else judge
         if found is None:
             raise UnsupportedCheckpointError(
                 f"config field llm_config.llm_model: {self.molecule.llm_model!r} is no folder inside "
                 f"{self.path}; put its config.json into that folder, or pass base_llm= or judge_backbone="
             )
-        for config in filter(None, (found, judge)):
-            if config.get("architectures") != ["LlamaForCausalLM"] or config.get("tie_word_embeddings"):
-                raise UnsupportedCheckpointError(
-                    f"{self.path}: its language model must be a LlamaForCausalLM with an LM head of its own"
-                )
+        _check_llama(f"{self.path}: its language model", found)
+        if self._judge is not None and judge is not None:
+            _check_llama(f"{self._judge.path}: a judge's backbone", judge)
         if base is not None and judge is not None:
             self._check_same(base, judge, ignore)
         return dict(found)
@@ -244,6 +243,20 @@ def open_mol_llama(
     """A `MolLlamaCheckpoint` from an open one, and paths or hub ids of the others."""
     judge, base = (None if other is None else open_checkpoint(other) for other in (judge_backbone, base_llm))
     return MolLlamaCheckpoint(mol, judge, base, ignore)
+
+
+def _config_of(judge: Checkpoint) -> dict[str, Any]:
+    """A judge's config; another Mol-LLaMA has none of the kind."""
+    return judge.config if is_mol_llama(judge.config) else model_config(judge.config)
+
+
+def _check_llama(what: str, config: Mapping[str, Any]) -> None:
+    architectures = config.get("architectures")
+    if architectures != ["LlamaForCausalLM"] or config.get("tie_word_embeddings"):
+        raise UnsupportedCheckpointError(
+            f"{what} must be a LlamaForCausalLM with an LM head of its own, not {architectures!r}"
+            + (" with tied embeddings" if config.get("tie_word_embeddings") else "")
+        )
 
 
 def _open_base(folder: Path, name: str) -> Checkpoint | None:

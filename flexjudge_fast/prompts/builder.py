@@ -5,11 +5,10 @@ from typing import Any
 
 from flexjudge_fast.media.items import MediaItem
 from flexjudge_fast.media.prepared import AnyMedia
-from flexjudge_fast.prompts.judgement import Judgement, Response
+from flexjudge_fast.prompts.judgement import MOLECULE_MARK, Judgement, Response
 from flexjudge_fast.prompts.templates import PromptTemplate
 
 Message = dict[str, Any]
-_MOLECULE = "<mol>"
 
 
 def build_messages(
@@ -20,7 +19,7 @@ def build_messages(
 ) -> list[Message]:
     """System and user message. Place `i` shows response `order[i]`; media stand where they belong:
     the question's before its text, a candidate's under its heading. Molecules stand where the
-    instruction says `<mol>`, if it says so once for each of them.
+    instruction says `<mol>`, if it does.
 
     read: media that were read before, by their items' names.
     """
@@ -28,7 +27,7 @@ def build_messages(
     system = judgement.system or template.system(judgement.format, judgement.rubric)
     question = _text(f"{template.wordings[kind].question}\n")
     marked, molecules = [_text(judgement.instruction)], []
-    pieces = judgement.instruction.split(_MOLECULE)
+    pieces = judgement.instruction.split(MOLECULE_MARK)
     if len(pieces) == len(judgement.molecules) + 1:
         molecules = [item for item in judgement.own_media if item.kind == "molecule"]
         marked = [_text(pieces[0])]

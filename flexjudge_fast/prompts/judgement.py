@@ -11,6 +11,7 @@ from flexjudge_fast.prompts.formats import AnswerFormat, Kind, Scale
 
 Order = Literal["fixed", "both", "random"]
 Guided = Literal["on", "off"]
+MOLECULE_MARK = "<mol>"  # of an instruction: a molecule stands here
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Judgement:
         seed, temperature, top_p: sampling. max_tokens: of reasoning and answer together.
         max_think_tokens: closes the reasoning after so many tokens; 0 answers at once.
         guided: "on" forces a legal answer; "off" leaves the model free.
-        images, videos, audios, molecules: media that belong to the question; they stand before it.
+        images, videos, audios, molecules: media that belong to the question; they stand before it, molecules
+            where the instruction says `<mol>`, if it does so once for each.
         max_pixels: most pixels of an image or of a video's frame; resize: (width, height) of every image and
             frame, to whole patches; fps: frames per second taken of a video. The checkpoint's own if `None`.
         allow_remote: fetch images and recordings from http(s) URLs.
@@ -125,6 +127,7 @@ class Judgement:
         for name in ("allow_remote", "use_audio_in_video"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidArgumentError(f"{name}={getattr(self, name)!r}: True or False is expected")
+        _marks(self.instruction, len(self.molecules))
         _ = self.format  # checks scale and number of responses
 
     @property
@@ -201,6 +204,15 @@ def _text(name: str, value: object) -> None:
         value.encode()
     except UnicodeEncodeError as error:
         raise InvalidArgumentError(f"{name}: {error.reason} at character {error.start}") from error
+
+
+def _marks(instruction: str, num_molecules: int) -> None:
+    found = instruction.count(MOLECULE_MARK)
+    if num_molecules and found not in (0, num_molecules):
+        raise InvalidArgumentError(
+            f"instruction: {found} {MOLECULE_MARK} for {num_molecules} molecules; write one for each, or "
+            "none and they stand before the instruction"
+        )
 
 
 def _response(name: str, value: object) -> None:

@@ -1,20 +1,24 @@
-"""Mutated SMILES and SDF texts: each is read or refused with a MediaError within a second."""
+"""Mutated SMILES and SDF texts: each is read, or refused with a MediaError within a second, and alone."""
 
 import os
 import random
 import time
 
+import pytest
 from rdkit import Chem
 from rdkit.Chem import rdDistGeom
 
+from flexjudge_fast import Engine, Judge, Judgement, Verdict
 from flexjudge_fast.errors import MediaError
 from flexjudge_fast.media.items import MediaItem
 from flexjudge_fast.media.molecule import prepare_molecule
 from flexjudge_fast.media.molecule_limits import MoleculeLimits
 from flexjudge_fast.media.molecule_pool import MoleculeDecoder
 from flexjudge_fast.media.molecule_processor import MoleculeProcessor
+from tests.golden_molecules import REDUCED
+from tests.test_judge_media import plain
 
-NUM_TEXTS = int(os.environ.get("FLEXJUDGE_FUZZ_MOLECULES", "1500"))  # the full number is 10000
+NUM_TEXTS = int(os.environ.get("FLEXJUDGE_FUZZ_MOLECULES", "10000"))
 SMILES = [
     "CC(=O)Oc1ccccc1C(=O)O",
     "CN1C=NC2=C1C(=O)N(C(=O)N2C)C",
@@ -110,6 +114,7 @@ def outcome(decoder: MoleculeDecoder, text: str) -> tuple[str, float]:
     return what, time.monotonic() - started
 
 
+@pytest.mark.slow
 def test_mutated_molecules() -> None:
     texts = mutated(NUM_TEXTS, seed=23)
     with MoleculeDecoder() as decoder:
@@ -127,6 +132,40 @@ def test_mutated_molecules() -> None:
     assert (
         NUM_TEXTS / 10 < len(refused) < NUM_TEXTS * 0.95
     )  # the mutations are neither too weak nor too strong
+
+
+@pytest.mark.slow
+def test_other_verdicts_stay() -> None:
+    """A good judgement behind every hundred texts: its verdict is, to the bit, that without them."""
+
+    def judgements(texts: list[str]) -> list[Judgement]:
+        items = []
+        for i, text in enumerate(texts):
+            items.append(Judgement("score", "Polar?", ("Yes.",), molecules=(text,), max_think_tokens=0))
+            if i % 100 == 0:
+                items.append(good(i // 100))
+        return items
+
+    def good(i: int) -> Judgement:
+        molecule = SMILES[i % len(SMILES)]
+        return Judgement(
+            "score", f"Is it {i}?", ("Yes.",), molecules=(molecule,), id=str(i), max_think_tokens=4
+        )
+
+    def verdicts(items: list[Judgement]) -> list[Verdict]:
+        with Engine.from_pretrained(REDUCED / "checkpoint", kv_cache_memory="32MiB") as engine:
+            found = list(Judge(engine).run(items))
+            engine.check_integrity()
+        return found
+
+    texts = mutated(NUM_TEXTS, seed=23)
+    found = verdicts(judgements(texts))
+    assert len(found) == len(texts) + (len(texts) + 99) // 100
+    errors = [verdict.error or "" for verdict in found if verdict.finish_reason == "error"]
+    assert len(errors) > NUM_TEXTS / 10 and all(e.startswith("MediaError: molecules[0]: ") for e in errors)
+    beside = {verdict.id: plain(verdict) for verdict in found if verdict.id}
+    alone = verdicts([good(int(name)) for name in beside])
+    assert {verdict.id: plain(verdict) for verdict in alone} == beside
 
 
 def test_what_could_hang() -> None:

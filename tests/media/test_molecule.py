@@ -136,7 +136,8 @@ def test_fragments_ions_and_hydrogen(decoder):
         ("c1cccc1", "kekulize|no SMILES"),
         ("CCO ethanol", "a SMILES is one word"),
         ("CC |(0,0,0;1,1,1)|", "a SMILES is one word"),
-        ("/none/a.mol", "no SMILES"),
+        ("/none/a.mol", "no SMILES: .*; give a pathlib.Path to have a file read"),
+        ((["C", "O"], [[0.0, 0, 0], [1.0]]), r"a list of \[x, y, z\] for each atom"),
         (Path("/none/a.mol"), "'/none/a.mol': it cannot be opened: No such file"),
         (Path("/dev/zero"), "not a regular file"),
         ("C" * 600, "600 heavy atoms are more than the 512 allowed"),
@@ -144,9 +145,9 @@ def test_fragments_ions_and_hydrogen(decoder):
         ("C\ud800", "surrogates not allowed at character 1"),
         (b"\xff\xfe", "not UTF-8"),
         ("no\nmol\ntext\n", "MOL text of 12 characters: no MOL text"),
-        (None, "NoneType is no molecule"),
-        (3.5, "float is no molecule"),
-        (["C"], "list is no molecule"),
+        (None, "NoneType: it is no molecule; give a SMILES"),
+        (3.5, "float: it is no molecule"),
+        (["C"], "list: it is no molecule"),
         ({"smiles": "C", "mol": "C"}, "not both"),
         ({"smile": "C"}, "unknown field 'smile'"),
         ({}, "must have"),
@@ -186,6 +187,20 @@ def test_limits():
     with MoleculeDecoder(MoleculeLimits(max_attempts=2)) as decoder, pytest.raises(MediaError) as error:
         prepare(decoder, IMPOSSIBLE)
     assert str(error.value).startswith(f"molecules[0]: '{IMPOSSIBLE}': its atoms cannot be placed in space")
+
+
+def test_small_molecules_get_fewer_attempts():
+    limits = MoleculeLimits()
+    assert [limits.attempts(n) for n in (0, 10, 20, 50, 500)] == [10, 10, 20, 50, 50]
+    assert MoleculeLimits(max_attempts=2).attempts(20) == 2
+
+
+def test_after_a_fork(decoder):
+    """What another thread of the parent was holding then is not waited for."""
+    with MoleculeDecoder(num_workers=1) as other:
+        other._finding.acquire()
+        other._pid -= 1
+        assert len(prepare(other, "CCO").graph.tokens) == 5
 
 
 def test_hangs_end_the_process_alone(decoder):

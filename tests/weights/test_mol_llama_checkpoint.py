@@ -1,7 +1,9 @@
 """A Mol-LLaMA that lacks parts, holds broken ones, or meets a judge that does not fit: typed errors."""
 
 import json
+import runpy
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -172,6 +174,11 @@ def test_judge_with_other_maths(judge, fields, message):
         open_model(REDUCED / "checkpoint", judge_backbone=judge)
 
 
+def test_judge_that_is_a_mol_llama(folder):
+    with pytest.raises(UnsupportedCheckpointError, match=r"mol: a judge's backbone must be .*'MolLLaMA'"):
+        open_model(REDUCED / "checkpoint", judge_backbone=folder)
+
+
 def test_judge_without_a_tensor(judge):
     rewrite(judge, without("model.layers.1.mlp.gate_proj"))
     with pytest.raises(CheckpointError, match=r"judge: tensor model\.layers\.1\.mlp\.gate_proj"):
@@ -227,6 +234,21 @@ def test_bert_errors(folder, fields):
     edit(folder / "bert", **fields)
     with pytest.raises(UnsupportedCheckpointError):
         open_model(folder)
+
+
+def test_the_example_checkpoint():
+    """What `examples/make_tiny_mol.py` writes has the names and shapes of the reference's own."""
+    published = load_file(REDUCED / "checkpoint" / "model.safetensors")
+    script = Path(__file__).parents[2] / "examples" / "make_tiny_mol.py"
+    ours = runpy.run_path(str(script))["shapes"]()
+    assert not set(ours) - set(published)
+    for name, tensor in published.items():
+        if name.startswith(LLM) and name.endswith(
+            ("embed_tokens.weight", "lm_head.weight")
+        ):  # more tokens there
+            assert ours[name][1:] == tensor.shape[1:]
+        elif tensor.is_floating_point() and "graph_pred_linear" not in name:  # which is not used
+            assert ours[name] == tuple(tensor.shape), name
 
 
 def test_published_bert(tmp_path):
