@@ -25,6 +25,14 @@ class W8Matrix:
     def nbytes(self) -> int:
         return self.codes.nbytes + self.scales.nbytes
 
+    def is_finite(self) -> bool:
+        """No NaN or infinity anywhere; float8_e4m3fn has a NaN."""
+        return bool(torch.isfinite(self.scales).all()) and not bool(self.codes.float().isnan().any())
+
+    def to_dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """[out_features, in_features] in `dtype`."""
+        return dequantize_w8(self).to(dtype)
+
     def to(self, device: torch.device) -> "W8Matrix":
         return W8Matrix(self.codes.to(device), self.scales.to(device))
 
