@@ -1,6 +1,7 @@
 """Tiny checkpoints in the layouts that other libraries publish, packed by plain code after their rules."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -229,15 +230,17 @@ LAYOUTS = {
 }
 
 
-def publish(source: Path, folder: Path, layout: Published) -> tuple[Path, Path]:
-    """Two folders: the model of `source` in `layout`, and the same numbers dense."""
+def publish(
+    source: Path, folder: Path, layout: Published, chosen: str = r".*_proj\.weight"
+) -> tuple[Path, Path]:
+    """Two folders: the model of `source` with the `chosen` in `layout`, and the same numbers dense."""
     good, dense = folder / layout.name, folder / f"{layout.name}-dense"
     for target in (good, dense):
         shutil.copytree(source, target)
     tensors, plain = {}, {}
     for name, weight in load_file(source / "model.safetensors").items():
         plain[name], parts = weight, {}
-        if name.endswith("_proj.weight"):
+        if re.fullmatch(chosen, name):
             plain[name], parts = layout.write(weight, **layout.arguments)
         module = name.removesuffix(".weight")
         tensors |= {f"{module}.{part}": data for part, data in parts.items()} or {name: weight}

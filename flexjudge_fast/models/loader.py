@@ -6,8 +6,7 @@ import torch
 
 from flexjudge_fast.errors import CheckpointError
 from flexjudge_fast.layers.linear import Linear
-from flexjudge_fast.ops.backend import uses_triton
-from flexjudge_fast.ops.linear_w8a8 import W8Matrix
+from flexjudge_fast.ops.linear_w8a8 import W8Matrix, has_w8a8
 from flexjudge_fast.weights.checkpoint import Checkpoint
 from flexjudge_fast.weights.layout import without_activations
 from flexjudge_fast.weights.quantization import ActivationQuantization, Quantization
@@ -69,6 +68,12 @@ class TensorLoader:
             raise CheckpointError(f"{self.checkpoint.path}: tensor {name} holds NaN or infinite values")
         return weight.to(self.device)
 
+    def _fitting(self, weight: StoredWeight) -> StoredWeight:
+        """With 8-bit activations only where the device multiplies them."""
+        if isinstance(weight, W8Matrix) and not has_w8a8(self.device, weight.codes.dtype):
+            return without_activations(weight, self.dtype)
+        return weight
+
     def vector(self, name: str, size: int) -> torch.Tensor:
         """A norm weight or bias, [size], in the loader's dtype."""
         return self.weight(name, (size,)).to_dense(self.dtype)
@@ -76,8 +81,8 @@ class TensorLoader:
     def linear(self, names: Sequence[str], sizes: Sequence[int], in_features: int, bias: bool) -> Linear:
         """One layer out of `names[i] + ".weight"` [sizes[i], in_features], side by side, and their biases."""
         pairs = list(zip(names, sizes, strict=True))
-        read = self._read if uses_triton(torch.empty(0, device=self.device)) else self.weight
-        weights = [read(name + ".weight", (size, in_features)) for name, size in pairs]
+        stored = [self._read(name + ".weight", (size, in_features)) for name, size in pairs]
+        weights = [self._fitting(weight) for weight in stored]
         biases = torch.cat([self.vector(name + ".bias", size) for name, size in pairs]) if bias else None
         eight_bits = None
         if isinstance(self.quantization, ActivationQuantization):

@@ -37,6 +37,19 @@ class W8Matrix:
         return W8Matrix(self.codes.to(device), self.scales.to(device))
 
 
+def has_w8a8(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there are kernels for products of int8 or float8_e4m3fn: on GPUs, where they have the type."""
+    if not uses_triton(torch.empty(0, device=device)):
+        return False
+    from flexjudge_fast.kernels.quantize_tokens import check_float8
+
+    try:
+        check_float8(dtype)
+    except ValueError:
+        return False
+    return True
+
+
 def quantize_tokens(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise each token by its largest magnitude.
 

@@ -50,10 +50,11 @@ class CompressedTensors(Layout):
 
     def __init__(self, fields: Fields) -> None:
         self.format = fields.one_of("format", _FORMATS)
-        fields.one_of("quantization_status", ("compressed",), "compressed")
+        statuses = ("compressed", "frozen")  # what early writers said of the same tensors
+        fields.one_of("quantization_status", statuses, "compressed")
         self.ignored = tuple(name for name in fields.names("ignore") if not name.startswith("re:"))
         sparsity = fields.take("sparsity_config", {})
-        if sparsity not in ({}, {"format": "dense"}):
+        if not isinstance(sparsity, dict) or sparsity.get("format", "dense") != "dense":
             raise fields.error("sparsity_config", sparsity, "sparse weights are not supported")
         schemes = [self._scheme(group) for group in fields.children("config_groups")]
         if not schemes or any(scheme != schemes[0] for scheme in schemes):

@@ -134,7 +134,8 @@ class Layout(ABC):
         summary: for people: method, bits, groups.
         parts: what the tensors of such a module are called, behind its name. One of them other than "weight"
             makes a module a quantised one.
-        ignored: names of modules that config.json says are not quantised.
+        ignored: names in config.json of modules that are not quantised. Libraries match them in ways of their
+            own, so that only whole names count here.
     """
 
     summary: str

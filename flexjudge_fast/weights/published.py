@@ -12,7 +12,7 @@ from flexjudge_fast.weights.compressed_tensors import CompressedTensors
 from flexjudge_fast.weights.gptq import Gptq
 from flexjudge_fast.weights.layout import Fields, Layout, Module
 from flexjudge_fast.weights.safetensors_folder import SafetensorsCheckpoint
-from flexjudge_fast.weights.tensor import StoredWeight
+from flexjudge_fast.weights.tensor import DenseTensor, StoredWeight
 
 _FIELD = "quantization_config"
 _LAYOUTS: dict[str, Callable[[Fields], Layout]] = {
@@ -54,7 +54,7 @@ class PublishedCheckpoint(Checkpoint):
         self.layout = layout.summary
         self._parts = self._find_modules()
         for module in self._parts:
-            if any(f".{name}." in f".{module}." for name in layout.ignored):
+            if module in layout.ignored:
                 raise CheckpointError(
                     f"{self.path}: module {module} is quantised, {_FIELD} says that it is not"
                 )
@@ -67,7 +67,12 @@ class PublishedCheckpoint(Checkpoint):
     def tensor(self, name: str) -> StoredWeight:
         module = name.removesuffix(".weight")
         if module == name or module not in self._parts:
-            return self._stored.tensor(name)
+            weight = self._stored.tensor(name)
+            if isinstance(weight, DenseTensor) and weight.data.element_size() == 1:
+                raise CheckpointError(
+                    f"{self.path}: tensor {name} is {weight.data.dtype}, its scale is missing"
+                )
+            return weight
         return self._layout.weight(Module(self._stored, module, frozenset(self._parts[module])))
 
     def tokenizer_json(self) -> str:

@@ -43,7 +43,7 @@ class SafetensorsCheckpoint(Checkpoint):
         path = self._where[name]
         if data.dtype == torch.uint8:
             return self._blocks(path, name, data)
-        if not data.is_floating_point() or data.element_size() == 1:  # 8 bits need a scale
+        if not data.is_floating_point():
             raise UnsupportedCheckpointError(
                 f"{path}: tensor {name} is {data.dtype}, a float type is expected"
             )

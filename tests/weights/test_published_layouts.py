@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -18,7 +19,7 @@ from flexjudge_fast.ops.linear_w4a16 import W4Matrix, dequantize_w4
 from flexjudge_fast.ops.linear_w8a8 import W8Matrix, dequantize_w8
 from flexjudge_fast.weights.checkpoint import open_checkpoint
 from flexjudge_fast.weights.tensor import DenseTensor, QuantTensor
-from tests.models import write_checkpoint
+from tests.models import write_checkpoint, write_vision_checkpoint
 from tests.published import LAYOUTS, edit_config, publish, save
 
 NAME = "model.layers.1.mlp.down_proj"
@@ -125,6 +126,15 @@ def test_a_cpu_keeps_weights_quantised(pair: tuple[str, Path, Path]) -> None:
     assert (weight.format.name if isinstance(weight, QuantTensor) else "") == expected
 
 
+def test_float8_on_a_gpu_that_has_none(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLEXJUDGE_BACKEND", "triton")
+    monkeypatch.setattr("flexjudge_fast.kernels.quantize_tokens.capability", lambda: 86)
+    for name, kind in (("fp8", DenseTensor), ("int8", W8Matrix)):
+        folder, _ = publish(source, tmp_path, LAYOUTS[name])
+        loader = TensorLoader(open_checkpoint(folder), torch.float32, torch.device("cpu"))
+        assert [type(m) for m in loader.linear([NAME], [128], 256, False).matrices] == [kind]
+
+
 def test_info_and_quantize(pair: tuple[str, Path, Path], tmp_path: Path) -> None:
     name, folder, _ = pair
     shown = CliRunner().invoke(app, ["info", str(folder), "--json"])
@@ -186,3 +196,24 @@ def test_what_to_install_is_said(source: Path, tmp_path: Path, monkeypatch: pyte
     folder, _ = publish(source, tmp_path, LAYOUTS["bnb-int8"])
     with pytest.raises(UnsupportedCheckpointError, match=r'pip install "flexjudge_fast\[bitsandbytes\]"'):
         open_checkpoint(folder).tensor(NAME + ".weight")
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen"),
+    [
+        ("gptq", r"model\.layers.*_proj\.weight"),
+        ("int8", r".*_proj\.weight"),
+        ("fp8", r".*(_proj|qkv)\.weight"),
+    ],
+)
+def test_vision_language(tmp_path: Path, name: str, chosen: str) -> None:
+    """A tower that is left dense, and towers that are not, whose weights are expanded."""
+    write_vision_checkpoint(tmp_path / "source")
+    picture = Image.linear_gradient("L").resize((56, 84)).convert("RGB")
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "What?"}]
+    found = []
+    for folder in publish(tmp_path / "source", tmp_path, LAYOUTS[name], chosen):
+        engine = Engine.from_pretrained(folder, dtype="float32", device="cpu", kv_cache_memory="16MiB")
+        found.append(engine.logits([{"role": "user", "content": content}]))
+        engine.close()
+    assert (found[0] - found[1]).abs().max() < 5e-3

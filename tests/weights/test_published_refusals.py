@@ -77,7 +77,7 @@ def with_field(folder: Path, target: Path, field: str, value: Any) -> Path:
         ("awq", "some_new_maths", [1]),
         ("packed", "format", "marlin-24"),
         ("packed", "format", "nvfp4-pack-quantized"),
-        ("packed", "quantization_status", "frozen"),
+        ("packed", "quantization_status", "initialized"),
         ("packed", "kv_cache_scheme", {"num_bits": 8}),
         ("packed", "sparsity_config", {"format": "sparse-24-bitmask"}),
         ("packed", "transform_config", {"config_groups": {"R1": {}}}),
