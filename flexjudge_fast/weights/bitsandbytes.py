@@ -1,7 +1,8 @@
 """bitsandbytes: NF4, FP4 and int8 weights, expanded by bitsandbytes itself when they are loaded.
 
-They become dense: no product with weights kept in NF4 is offered, on a GPU neither. It can be quantised again
-(`quantization="int4"`), which costs accuracy a second time.
+They become dense: no product with weights kept in NF4 is offered, on a GPU neither. Activations beside int8
+weights stay as they are, which is more exact than bitsandbytes' own product. Weights can be quantised again,
+at a second loss of accuracy: `quantization="int4"`.
 """
 
 import json

@@ -26,7 +26,7 @@ class Fields:
 
     def __init__(self, data: Any, where: str) -> None:
         if not isinstance(data, Mapping):
-            raise UnsupportedCheckpointError(f"{where}: {data!r}, an object is expected")
+            raise UnsupportedCheckpointError(f"{where}: {data!r:.200}, an object is expected")
         self._left = {str(name): value for name, value in data.items()}
         self._where = where
 
@@ -56,10 +56,6 @@ class Fields:
             raise self.error(name, value, "a list of names is expected")
         return tuple(value)
 
-    def has(self, name: str) -> bool:
-        """Whether it is there and not null."""
-        return self._left.get(name) is not None
-
     def child(self, name: str) -> "Fields":
         """An object inside this one."""
         return Fields(self._left.pop(name, None), f"{self._where}.{name}")
@@ -76,7 +72,7 @@ class Fields:
                 raise self.error(name, value, "the field is unknown")
 
     def error(self, name: str, value: Any, reason: str) -> UnsupportedCheckpointError:
-        return UnsupportedCheckpointError(f"{self._where}.{name}: {value!r}, {reason}")
+        return UnsupportedCheckpointError(f"{self._where}.{name}: {value!r:.200}, {reason}")
 
 
 class Source(Protocol):

@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -294,3 +295,45 @@ def test_only_known_layouts_are_wrapped(folders: dict[str, Path], tmp_path: Path
     assert open_checkpoint(folder).config["quantization_config"]["quant_method"] == ["gptq"]
     edit_config(folder, quantization_config="gptq")
     assert open_checkpoint(folder).config["quantization_config"] == "gptq"
+
+
+def damaged(tensor: torch.Tensor, pick: random.Random) -> torch.Tensor | None:
+    """Another size, another dtype, other bytes, or nothing."""
+    kind = pick.randrange(6)
+    if kind == 0:
+        return None
+    if kind == 1:
+        return tensor.flatten()[: pick.randrange(tensor.numel() + 1)]
+    if kind == 2:
+        return tensor.unsqueeze(0) if tensor.dim() < 2 else tensor.T
+    if kind == 3:
+        return tensor[pick.randrange(-2, 3) :] if tensor.dim() else tensor.reshape(1)
+    if kind == 4:
+        return tensor.float().to(pick.choice([torch.bool, torch.int16, torch.uint8, torch.float8_e5m2]))
+    data = bytes(pick.randrange(256) for _ in range(tensor.nbytes))
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(tensor.dtype).reshape(tensor.shape)
+
+
+@pytest.mark.parametrize(
+    "layout", ["gptq", "awq", "packed-asymmetric", "int8", "fp8", "bnb-int8", "nf4-nested"]
+)
+def test_any_damage_is_a_typed_error(folders: dict[str, Path], tmp_path: Path, layout: str) -> None:
+    """Or none at all, where other numbers are as good."""
+    if layout == "bnb-int8" and importlib.util.find_spec("bitsandbytes") is None:
+        pytest.skip("bitsandbytes is not installed")
+    folder, pick, refused = folders[layout], random.Random(layout), 0
+    tensors = load_file(folder / "model.safetensors")
+    parts = {name: data for name, data in tensors.items() if name.startswith(MODULE)}
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    for _ in range(60):
+        name = pick.choice(sorted(parts))
+        bad = damaged(parts[name], pick)
+        save(tmp_path, {other: data for other, data in {**parts, name: bad}.items() if data is not None})
+        try:
+            weight = open_checkpoint(tmp_path).tensor(MODULE + ".weight")
+            assert weight.is_finite() in (True, False)
+            weight.to_dense(torch.float32)
+        except CheckpointError as error:
+            assert MODULE in str(error)
+            refused += 1
+    assert refused > 20
