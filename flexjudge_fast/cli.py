@@ -141,6 +141,7 @@ def info(
             "context": config.max_positions,
             "rope": config.rope.rope_type,
             "reads": _reads(run_config),
+            "weights": checkpoint.layout,
             "tensors": len(checkpoint.tensor_names()),
             "bytes": sum(path.stat().st_size for path in checkpoint.weight_files()),
             "chat_template": bool(checkpoint.tokenizer_config.get("chat_template")),

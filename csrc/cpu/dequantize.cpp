@@ -39,9 +39,35 @@ FLEXJUDGE_CLONES void i8_32(const std::uint8_t* b, std::int64_t n, float* out) {
   }
 }
 
+// Blocks with a float32 scale and a zero point of a byte.
+FLEXJUDGE_CLONES void zero_4(const std::uint8_t* b, std::int64_t n, int tiles, float* out) {
+  for (; n-- > 0; b += 5 + 16 * tiles) {
+    const float d = float_at(b);
+    const int zero = b[4];
+    for (int tile = 0; tile < tiles; ++tile, out += 32) {
+      const std::uint8_t* codes = b + 5 + 16 * tile;
+      for (int i = 0; i < 16; ++i) {
+        out[i] = d * static_cast<float>((codes[i] & 15) - zero);
+        out[16 + i] = d * static_cast<float>((codes[i] >> 4) - zero);
+      }
+    }
+  }
+}
+
+FLEXJUDGE_CLONES void z8_32(const std::uint8_t* b, std::int64_t n, float* out) {
+  for (; n-- > 0; b += 37, out += 32) {
+    const float d = float_at(b);
+    const int zero = b[4];
+    for (int i = 0; i < 32; ++i) out[i] = d * static_cast<float>(b[5 + i] - zero);
+  }
+}
+
 void q4_1(const std::uint8_t* b, std::int64_t n, float* out) { affine_4(b, n, 1, out); }
 void i4_64(const std::uint8_t* b, std::int64_t n, float* out) { affine_4(b, n, 2, out); }
 void i4_128(const std::uint8_t* b, std::int64_t n, float* out) { affine_4(b, n, 4, out); }
+void z4_32(const std::uint8_t* b, std::int64_t n, float* out) { zero_4(b, n, 1, out); }
+void z4_64(const std::uint8_t* b, std::int64_t n, float* out) { zero_4(b, n, 2, out); }
+void z4_128(const std::uint8_t* b, std::int64_t n, float* out) { zero_4(b, n, 4, out); }
 
 FLEXJUDGE_CLONES void q5_0(const std::uint8_t* b, std::int64_t n, float* out) {
   for (; n-- > 0; b += 22, out += 32) {
@@ -129,6 +155,7 @@ const BlockFormat kFormats[] = {
     {"Q4_0", 32, 18, q4_0},    {"Q4_1", 32, 20, q4_1},    {"Q5_0", 32, 22, q5_0},    {"Q5_1", 32, 24, q5_1},
     {"Q8_0", 32, 34, q8_0},    {"Q4_K", 256, 144, q4_k}, {"Q5_K", 256, 176, q5_k}, {"Q6_K", 256, 210, q6_k},
     {"I4_64", 64, 36, i4_64},  {"I4_128", 128, 68, i4_128},  {"I8_32", 32, 36, i8_32},
+    {"Z4_32", 32, 21, z4_32},  {"Z4_64", 64, 37, z4_64},   {"Z4_128", 128, 69, z4_128}, {"Z8_32", 32, 37, z8_32},
 };
 
 }  // namespace

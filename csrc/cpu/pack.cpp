@@ -17,6 +17,8 @@ constexpr FormatInfo kFormats[] = {
     {"Q4_K", Format::kQ4_K, 4, 0, Scales::kK, 256, 144},      {"Q5_K", Format::kQ5_K, 5, 0, Scales::kK, 256, 176},
     {"Q6_K", Format::kQ6_K, 6, 32, Scales::kQ6K, 256, 210},   {"I4_64", Format::kI4_64, 4, 0, Scales::kHalfMin, 64, 36},
     {"I4_128", Format::kI4_128, 4, 0, Scales::kHalfMin, 128, 68},  {"I8_32", Format::kI8_32, 8, 0, Scales::kHalfMin, 32, 36},
+    {"Z4_32", Format::kZ4_32, 4, 0, Scales::kFloatZero, 32, 21},  {"Z4_64", Format::kZ4_64, 4, 0, Scales::kFloatZero, 64, 37},
+    {"Z4_128", Format::kZ4_128, 4, 0, Scales::kFloatZero, 128, 69},  {"Z8_32", Format::kZ8_32, 8, 0, Scales::kFloatZero, 32, 37},
 };
 
 constexpr std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
@@ -45,6 +47,10 @@ void read_codes(Format format, const std::uint8_t* b, int sub, std::uint8_t* cod
       for (int i = 0; i < 32; ++i) codes[i] = static_cast<std::uint8_t>(b[2 + i] + 128);
       return;
     case Format::kI8_32: std::memcpy(codes, b + 4, 32); return;
+    case Format::kZ4_32:
+    case Format::kZ4_64:
+    case Format::kZ4_128: return nibbles(b + 5 + 16 * sub, codes);
+    case Format::kZ8_32: std::memcpy(codes, b + 5, 32); return;
     case Format::kQ4_K:
     case Format::kQ5_K: {
       const std::uint8_t* q = b + (format == Format::kQ4_K ? 16 : 48) + 32 * (sub / 2);
@@ -117,6 +123,10 @@ void write_scales(const FormatInfo& f, const std::uint8_t* b, std::int64_t lane,
       std::memcpy(out + 2 * lane, b, 2);
       std::memcpy(out + 32 + 2 * lane, b + 2, 2);
       return;
+    case Scales::kFloatZero:
+      std::memcpy(out + 4 * lane, b, 4);
+      out[64 + lane] = b[4];
+      return;
     case Scales::kK:
       std::memcpy(out + 2 * lane, b, 2);
       std::memcpy(out + 32 + 2 * lane, b + 2, 2);
@@ -136,9 +146,15 @@ void write_scales(const FormatInfo& f, const std::uint8_t* b, std::int64_t lane,
   }
 }
 
-// Factor and offset of the 16 columns `half` of tile `i` of a unit: value = factor * code + offset.
+// Of the 16 columns `half` of tile `i` of a unit: value = factor * (code - zero) + offset.
 void read_scale(const FormatInfo& f, const std::uint8_t* in, std::int64_t lane, int i, int half, float* factor,
-                float* offset) {
+                float* zero, float* offset) {
+  *zero = *offset = 0;
+  if (f.scales == Scales::kFloatZero) {
+    *factor = float_at(in + 4 * lane);
+    *zero = static_cast<float>(in[64 + lane]);
+    return;
+  }
   auto fp16 = [&](int at) { return half_at(in + at + 2 * lane); };
   const float d = fp16(0);
   if (f.scales == Scales::kK) {
@@ -220,11 +236,13 @@ void unpack_row(const FormatInfo& f, const std::uint8_t* packed, std::int64_t ro
   }
   for (std::int64_t tile = 0; tile < columns / kGroup; ++tile, codes += kGroup * kLanes * f.bits / 8, out += kGroup) {
     for (int q = 0; q < 8; ++q) {
-      float factor, offset;
+      float factor, zero, offset;
       read_scale(f, scales + tile / unit_tiles * scale_unit_bytes(f.scales), lane, static_cast<int>(tile % unit_tiles),
-                 q / 4, &factor, &offset);
+                 q / 4, &factor, &zero, &offset);
       const std::uint32_t quad = read_quad(f.bits, codes, lane, q);
-      for (int i = 0; i < 4; ++i) out[4 * q + i] = factor * static_cast<float>(quad >> (8 * i) & 255) + offset;
+      for (int i = 0; i < 4; ++i) {
+        out[4 * q + i] = factor * (static_cast<float>(quad >> (8 * i) & 255) - zero) + offset;
+      }
     }
   }
 }

@@ -36,7 +36,8 @@ std::unique_ptr<float[]> expand(const flexjudge::BlockFormat& f, const std::uint
 
 void test_bounds() {
   std::mt19937 random(1);
-  for (const char* name : {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "I4_64", "I4_128", "I8_32"}) {
+  for (const char* name : {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "I4_64", "I4_128", "I8_32", "Z4_32",
+                           "Z4_64", "Z4_128", "Z8_32"}) {
     const flexjudge::BlockFormat& f = format(name);
     for (std::int64_t n : {0, 1, 2, 3, 17}) {
       std::unique_ptr<std::uint8_t[]> bytes(new std::uint8_t[n * f.block_bytes]);
@@ -85,6 +86,11 @@ void test_values() {
   q4k[16 + 64] = 0x07;         // weight 128 is 7
   const auto q4_k = expand(format("Q4_K"), q4k, 1);
   check(q4_k[0] == 3 * 4 - 2 * 1 && q4_k[128] == 5 * 7 - 2 * 2, "Q4_K values");
+
+  std::uint8_t z4[21] = {0x00, 0x00, 0x80, 0x3f, 9};  // scale 1 in float32, zero point 9
+  z4[5] = 0xf3;
+  const auto z4_32 = expand(format("Z4_32"), z4, 1);
+  check(z4_32[0] == -6 && z4_32[16] == 6 && z4_32[1] == -9, "Z4_32 values");
 
   std::uint8_t q6[210] = {};
   q6[208] = 0x00, q6[209] = 0x3c;

@@ -81,6 +81,7 @@ std::vector<std::uint8_t> random_source(const FormatInfo& format, std::int64_t r
     if (format.format == Format::kF32) source[at + 3] = 0x3c;
     if (format.format == Format::kF16 || format.format == Format::kBF16) source[at + 1] = 0x2c;
     if (format.scales == Scales::kQ6K) source[at + 209] = 0x1c;
+    if (format.scales == Scales::kFloatZero) source[at + 3] = 0x3c;
     if (format.scales != Scales::kNone && format.scales != Scales::kQ6K) source[at + 1] = 0x1c;
     if (format.scales == Scales::kHalfMin || format.scales == Scales::kK) source[at + 3] = 0x1c;
   }
@@ -427,7 +428,7 @@ void test_draws() {
 
 int main() {
   test_pool();
-  for (int f = static_cast<int>(Format::kF32); f <= static_cast<int>(Format::kI8_32); ++f) {
+  for (int f = static_cast<int>(Format::kF32); f <= static_cast<int>(Format::kZ8_32); ++f) {
     const auto format = static_cast<Format>(f);
     const bool is_dense = format_info(format).scales == Scales::kNone;
     for (const std::int64_t tokens : {1, 5, 9, 13, 25, 61}) {

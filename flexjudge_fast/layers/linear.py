@@ -8,7 +8,7 @@ from flexjudge_fast.ops.backend import uses_triton
 from flexjudge_fast.ops.linear import linear, quantized_linear
 from flexjudge_fast.ops.linear_w4a16 import W4_FORMATS, W4Matrix, linear_w4a16, repack_w4_blocks
 from flexjudge_fast.ops.linear_w8a8 import W8Matrix, linear_w8a8, quantize_tokens, repack_w8
-from flexjudge_fast.weights.tensor import DenseTensor, QuantTensor, Weight
+from flexjudge_fast.weights.tensor import DenseTensor, QuantTensor, StoredWeight, Weight
 
 Matrix = DenseTensor | QuantTensor | W4Matrix | W8Matrix
 
@@ -25,7 +25,7 @@ class Linear:
 
     def __init__(
         self,
-        weights: Sequence[Weight],
+        weights: Sequence[StoredWeight],
         bias: torch.Tensor | None = None,
         merge: bool = True,
         eight_bits: torch.dtype | None = None,
@@ -63,18 +63,23 @@ def _apply(x: torch.Tensor, matrix: Matrix, bias: torch.Tensor | None) -> torch.
     return out if bias is None else out + bias
 
 
-def _repack(weight: Weight, eight_bits: torch.dtype | None) -> Matrix:
+def _repack(weight: StoredWeight, eight_bits: torch.dtype | None) -> Matrix:
     """As the kernel that will read it wants it: once, when the model is loaded."""
+    if isinstance(weight, W8Matrix):
+        return weight
     if isinstance(weight, DenseTensor):
         return weight if eight_bits is None else repack_w8(weight.data, eight_bits)
     if weight.format.name in W4_FORMATS and uses_triton(weight.blocks):
-        return repack_w4_blocks(weight.blocks, weight.format.name)
+        try:
+            return repack_w4_blocks(weight.blocks, weight.format.name)
+        except ValueError:  # scales that no float of 16 bits holds: expanded whenever it is used
+            return weight
     return weight
 
 
-def _merge(weights: Sequence[Weight]) -> list[Weight]:
+def _merge(weights: Sequence[StoredWeight]) -> list[StoredWeight]:
     """Concatenate neighbours of one format along the output rows."""
-    merged: list[Weight] = []
+    merged: list[StoredWeight] = []
     for weight in weights:
         last = merged[-1] if merged else None
         if isinstance(last, DenseTensor) and isinstance(weight, DenseTensor):
@@ -84,6 +89,14 @@ def _merge(weights: Sequence[Weight]) -> list[Weight]:
         ):
             shape = (last.shape[0] + weight.shape[0], last.shape[1])
             merged[-1] = QuantTensor(torch.cat((last.blocks, weight.blocks)), last.format, shape)
+        elif (
+            isinstance(last, W8Matrix)
+            and isinstance(weight, W8Matrix)
+            and last.codes.dtype == weight.codes.dtype
+        ):
+            merged[-1] = W8Matrix(
+                torch.cat((last.codes, weight.codes)), torch.cat((last.scales, weight.scales))
+            )
         else:
             merged.append(weight)
     return merged

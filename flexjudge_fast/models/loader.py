@@ -6,9 +6,11 @@ import torch
 
 from flexjudge_fast.errors import CheckpointError
 from flexjudge_fast.layers.linear import Linear
+from flexjudge_fast.ops.linear_w8a8 import W8Matrix, has_w8a8
 from flexjudge_fast.weights.checkpoint import Checkpoint
+from flexjudge_fast.weights.layout import without_activations
 from flexjudge_fast.weights.quantization import ActivationQuantization, Quantization
-from flexjudge_fast.weights.tensor import DenseTensor, Weight
+from flexjudge_fast.weights.tensor import DenseTensor, StoredWeight, Weight
 
 
 class TensorLoader:
@@ -47,6 +49,11 @@ class TensorLoader:
         Raises:
             CheckpointError: the tensor is missing, has another shape, or holds NaN or infinity.
         """
+        weight = self._read(name, shape)
+        return without_activations(weight, self.dtype) if isinstance(weight, W8Matrix) else weight
+
+    def _read(self, name: str, shape: tuple[int, ...]) -> StoredWeight:
+        """The same, of whatever kind the checkpoint has it."""
         weight = self.checkpoint.tensor(name)
         if tuple(weight.shape) != shape:
             raise CheckpointError(
@@ -61,6 +68,12 @@ class TensorLoader:
             raise CheckpointError(f"{self.checkpoint.path}: tensor {name} holds NaN or infinite values")
         return weight.to(self.device)
 
+    def _fitting(self, weight: StoredWeight) -> StoredWeight:
+        """With 8-bit activations only where the device multiplies them."""
+        if isinstance(weight, W8Matrix) and not has_w8a8(self.device, weight.codes.dtype):
+            return without_activations(weight, self.dtype)
+        return weight
+
     def vector(self, name: str, size: int) -> torch.Tensor:
         """A norm weight or bias, [size], in the loader's dtype."""
         return self.weight(name, (size,)).to_dense(self.dtype)
@@ -68,7 +81,8 @@ class TensorLoader:
     def linear(self, names: Sequence[str], sizes: Sequence[int], in_features: int, bias: bool) -> Linear:
         """One layer out of `names[i] + ".weight"` [sizes[i], in_features], side by side, and their biases."""
         pairs = list(zip(names, sizes, strict=True))
-        weights = [self.weight(name + ".weight", (size, in_features)) for name, size in pairs]
+        stored = [self._read(name + ".weight", (size, in_features)) for name, size in pairs]
+        weights = [self._fitting(weight) for weight in stored]
         biases = torch.cat([self.vector(name + ".bias", size) for name, size in pairs]) if bias else None
         eight_bits = None
         if isinstance(self.quantization, ActivationQuantization):

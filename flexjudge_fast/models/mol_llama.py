@@ -19,7 +19,7 @@ from flexjudge_fast.models.mol_llama_config import (
     read_mol_llama_config,
 )
 from flexjudge_fast.weights.checkpoint import Checkpoint, open_checkpoint, read_json
-from flexjudge_fast.weights.tensor import DenseTensor, Weight
+from flexjudge_fast.weights.tensor import DenseTensor, StoredWeight
 
 _STORED = "llm.base_model.model."  # stands before a Llama's names in the checkpoint
 _OTHERS = ("encoder.", "llm_proj.")
@@ -95,7 +95,7 @@ class MolLlamaCheckpoint(Checkpoint):
             names |= dict.fromkeys(other.tensor_names())
         return tuple(names)
 
-    def tensor(self, name: str) -> Weight:
+    def tensor(self, name: str) -> StoredWeight:
         if name.startswith(_OTHERS):
             return self._other(name)
         if name == _EMBED:
@@ -117,7 +117,7 @@ class MolLlamaCheckpoint(Checkpoint):
         """Whose tensors come before the Mol-LLaMA's own: the judge's, else the base's."""
         return self._judge if self._judge is not None else self._base
 
-    def _other(self, name: str) -> Weight:
+    def _other(self, name: str) -> StoredWeight:
         """A tensor of the encoders or of the projection."""
         frozen = next((prefix for prefix in _FROZEN if name.startswith(prefix)), None)
         if frozen is not None and name not in self._names:
@@ -128,7 +128,7 @@ class MolLlamaCheckpoint(Checkpoint):
             )
         return self._mol.tensor(name)
 
-    def _plain(self, name: str, rows: int | None = None, stored: str = "") -> Weight:
+    def _plain(self, name: str, rows: int | None = None, stored: str = "") -> StoredWeight:
         """A tensor of the judge, else of the base. rows: checked in place of the Mol-LLaMA's own number."""
         stored = _STORED + (stored or name)
         if self._judge is None:
@@ -148,7 +148,7 @@ class MolLlamaCheckpoint(Checkpoint):
             _check(self._judge, name, found, wanted)
         return found
 
-    def _merged(self, name: str) -> Weight:
+    def _merged(self, name: str) -> StoredWeight:
         """A projection of the base and its LoRA, in float32."""
         stored = f"{_STORED}{name}."
         down, up = (
@@ -165,7 +165,7 @@ class MolLlamaCheckpoint(Checkpoint):
         scale = self.molecule.lora_alpha / rank
         return DenseTensor(torch.addmm(base.to_dense(torch.float32), up, down, alpha=scale))
 
-    def _embeddings(self) -> Weight:
+    def _embeddings(self) -> StoredWeight:
         """The judge's or the base's rows; the last two are Mol-LLaMA's, or zeros, for nobody reads them."""
         own = self._mol.tensor(_STORED + _EMBED) if _STORED + _EMBED in self._names else None
         if self._judge is None and own is not None:
@@ -269,18 +269,18 @@ def _base_config(folder: Path, molecule: MolLlamaConfig) -> dict[str, Any] | Non
     return None if found is None else read_json(found / "config.json", required=True)
 
 
-def _check(where: Checkpoint, name: str, found: Weight, wanted: tuple[int, ...]) -> None:
+def _check(where: Checkpoint, name: str, found: StoredWeight, wanted: tuple[int, ...]) -> None:
     if tuple(found.shape) != wanted:
         raise CheckpointError(
             f"{where.path}: tensor {name} has shape {tuple(found.shape)}, the Mol-LLaMA asks for {wanted}"
         )
 
 
-def _dense(weight: Weight) -> torch.Tensor:
+def _dense(weight: StoredWeight) -> torch.Tensor:
     return weight.data if isinstance(weight, DenseTensor) else weight.to_dense(torch.float32)
 
 
-def _with_rows(weight: Weight, rows: int) -> Weight:
+def _with_rows(weight: StoredWeight, rows: int) -> StoredWeight:
     """Zeros below, up to `rows`."""
     missing = rows - weight.shape[0]
     if missing == 0:

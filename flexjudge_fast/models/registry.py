@@ -103,7 +103,7 @@ def load_vision(
     device: torch.device,
     num_threads: int = 1,
 ) -> VisionTower | PackedVisionTower:
-    """Load a checkpoint's vision tower, whose weights stay plain.
+    """Load a checkpoint's vision tower, whose weights are plain: quantised ones are expanded to `dtype`.
 
     Raises:
         CheckpointError: a tensor is missing, has the wrong shape, or is not finite.
@@ -115,7 +115,7 @@ def load_vision(
             f"{decoder.hidden_size}"
         )
     is_packed = device.type == "cpu" and has_compiled_ops()
-    tower = VisionTower(config, TensorLoader(checkpoint, dtype, device, merge=not is_packed))
+    tower = VisionTower(config, TensorLoader(checkpoint, dtype, device, expand=True, merge=not is_packed))
     return PackedVisionTower(tower, num_threads) if is_packed else tower
 
 
@@ -134,7 +134,7 @@ def load_audio(
             f"{decoder.hidden_size}"
         )
     is_packed = device.type == "cpu" and has_compiled_ops()
-    tower = AudioTower(config, TensorLoader(checkpoint, dtype, device, merge=not is_packed))
+    tower = AudioTower(config, TensorLoader(checkpoint, dtype, device, expand=True, merge=not is_packed))
     return PackedAudioTower(tower, num_threads) if is_packed else tower
 
 

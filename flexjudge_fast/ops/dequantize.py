@@ -10,7 +10,8 @@ def dequantize(blocks: torch.Tensor, format_name: str) -> torch.Tensor:
 
     Args:
         blocks: uint8 [rows, bytes_per_row], contiguous rows of whole blocks.
-        format_name: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, I4_64, I4_128 or I8_32.
+        format_name: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, I4_64, I4_128, I8_32, Z4_32,
+            Z4_64, Z4_128 or Z8_32.
 
     Returns:
         float32 [rows, columns].
@@ -35,12 +36,21 @@ def dequantize_reference(blocks: torch.Tensor, format_name: str) -> torch.Tensor
         "I4_64": (36, _q4_1),
         "I4_128": (68, _q4_1),
         "I8_32": (36, _i8),
+        "Z4_32": (21, _z4),
+        "Z4_64": (37, _z4),
+        "Z4_128": (69, _z4),
+        "Z8_32": (37, _z8),
     }[format_name]
     rows, row_bytes = blocks.shape
     if row_bytes % block_bytes:
         raise RuntimeError(f"dequantize: rows must hold whole {format_name} blocks of {block_bytes} bytes")
     expanded = expand(blocks.reshape(rows * (row_bytes // block_bytes), block_bytes))
     return expanded.reshape(rows, row_bytes // block_bytes * expanded.shape[1])
+
+
+def read_floats(data: torch.Tensor) -> torch.Tensor:
+    """Four bytes, wherever they lie, as one float32. uint8 [..., 4] to [..., 1]."""
+    return data.clone(memory_format=torch.contiguous_format).view(torch.float32)
 
 
 def _half(data: torch.Tensor) -> torch.Tensor:
@@ -71,6 +81,16 @@ def _q4_1(b: torch.Tensor) -> torch.Tensor:
 
 def _i8(b: torch.Tensor) -> torch.Tensor:
     return _half(b[:, :2]) * b[:, 4:].float() + _half(b[:, 2:4])
+
+
+def _z4(b: torch.Tensor) -> torch.Tensor:
+    """float32 scale, zero point, then runs of 32 weights."""
+    codes = _nibbles(b[:, 5:].unflatten(1, (-1, 16))).flatten(1)
+    return read_floats(b[:, :4]) * (codes.float() - b[:, 4:5].float())
+
+
+def _z8(b: torch.Tensor) -> torch.Tensor:
+    return read_floats(b[:, :4]) * (b[:, 5:].float() - b[:, 4:5].float())
 
 
 def _q5_0(b: torch.Tensor) -> torch.Tensor:

@@ -6,9 +6,20 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from flexjudge_fast.ops.backend import uses_triton
+from flexjudge_fast.ops.dequantize import read_floats
 
 GROUP_SIZES = (32, 64, 128)
-W4_FORMATS = ("Q4_0", "Q4_1", "I4_64", "I4_128")  # blocks that `repack_w4_blocks` takes
+# Blocks that `repack_w4_blocks` takes: the group's size, and the bytes before its codes.
+_LAYOUTS = {
+    "Q4_0": (32, 2),
+    "Q4_1": (32, 4),
+    "I4_64": (64, 4),
+    "I4_128": (128, 4),
+    "Z4_32": (32, 5),
+    "Z4_64": (64, 5),
+    "Z4_128": (128, 5),
+}
+W4_FORMATS = tuple(_LAYOUTS)
 _STEP = 128  # columns whose codes are laid out together: see kernels/linear_w4a16.py
 _ROWS = 128  # rows are padded to a multiple, the largest tile's
 
@@ -123,11 +134,17 @@ def repack_w4(codes: torch.Tensor, scales: torch.Tensor, seconds: torch.Tensor, 
 
 
 def repack_w4_blocks(blocks: torch.Tensor, format_name: str) -> W4Matrix:
-    """The same for rows of blocks: uint8 [out_features, bytes_per_row] in one of `W4_FORMATS`."""
-    group, header = {"Q4_0": (32, 2), "Q4_1": (32, 4), "I4_64": (64, 4), "I4_128": (128, 4)}[format_name]
+    """The same for rows of blocks: uint8 [out_features, bytes_per_row] in one of `W4_FORMATS`.
+
+    Raises:
+        ValueError: a Z format with scales that neither float16 nor bfloat16 holds exactly.
+    """
+    group, header = _LAYOUTS[format_name]
     b = blocks.unflatten(1, (-1, header + group // 2))  # [rows, groups, bytes]
     runs = b[:, :, header:].unflatten(2, (-1, 16))  # each holds 32 weights: low nibbles, then high ones
     codes = torch.cat((runs & 15, runs >> 4), dim=-1).flatten(1)
+    if header == 5:
+        return repack_w4(codes, read_floats(b[:, :, :4])[:, :, 0], b[:, :, 4], has_offset=False)
     halves = b[:, :, :header].contiguous().view(torch.float16)  # [rows, groups, 1 or 2]
     scales = halves[:, :, 0]
     seconds = halves[:, :, 1] if header == 4 else torch.full_like(scales, 8)

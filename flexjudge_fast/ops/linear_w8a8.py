@@ -25,8 +25,29 @@ class W8Matrix:
     def nbytes(self) -> int:
         return self.codes.nbytes + self.scales.nbytes
 
+    def is_finite(self) -> bool:
+        """No NaN or infinity anywhere; float8_e4m3fn has a NaN."""
+        return bool(torch.isfinite(self.scales).all()) and not bool(self.codes.float().isnan().any())
+
+    def to_dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """[out_features, in_features] in `dtype`."""
+        return dequantize_w8(self).to(dtype)
+
     def to(self, device: torch.device) -> "W8Matrix":
         return W8Matrix(self.codes.to(device), self.scales.to(device))
+
+
+def has_w8a8(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there are kernels for products of int8 or float8_e4m3fn: on GPUs, where they have the type."""
+    if not uses_triton(torch.empty(0, device=device)):
+        return False
+    from flexjudge_fast.kernels.quantize_tokens import check_float8
+
+    try:
+        check_float8(dtype)
+    except ValueError:
+        return False
+    return True
 
 
 def quantize_tokens(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flexjudge_fast.errors import CheckpointError
-from flexjudge_fast.weights.tensor import Weight
+from flexjudge_fast.weights.tensor import StoredWeight
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -23,6 +23,7 @@ class Checkpoint(ABC):
     config: dict[str, Any]
     tokenizer_config: dict[str, Any]
     generation_config: dict[str, Any]
+    layout: str = "as stored"  # of its weights, in words
 
     def __init__(self) -> None:
         self._hash: str | None = None
@@ -33,7 +34,7 @@ class Checkpoint(ABC):
         """Names such as `model.layers.0.self_attn.q_proj.weight`."""
 
     @abstractmethod
-    def tensor(self, name: str) -> Weight:
+    def tensor(self, name: str) -> StoredWeight:
         """One tensor, not copied where it can be mapped. CheckpointError when missing or broken."""
 
     @abstractmethod
@@ -92,9 +93,10 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoin
             raise CheckpointError(f"{path}: a .gguf file or a folder is expected")
         return _open_gguf(path)
     if any(path.glob("*.safetensors")) or (path / "model.safetensors.index.json").exists():
+        from flexjudge_fast.weights.published import open_published
         from flexjudge_fast.weights.safetensors_folder import SafetensorsCheckpoint
 
-        return SafetensorsCheckpoint(path)
+        return open_published(SafetensorsCheckpoint(path))
     ggufs = sorted(path.glob("*.gguf"))
     if len(ggufs) == 1:
         return _open_gguf(ggufs[0])

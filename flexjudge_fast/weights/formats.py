@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class QuantFormat:
-    """`block_size` weights of a row take `block_bytes` bytes; half floats stand at `half_offsets`."""
+    """`block_size` weights of a row take `block_bytes` bytes; where in them half floats and float32 stand."""
 
     name: str
     block_size: int
     block_bytes: int
     half_offsets: tuple[int, ...]
+    float_offsets: tuple[int, ...] = ()
 
 
 QUANT_FORMATS = (
@@ -25,6 +26,12 @@ QUANT_FORMATS = (
     QuantFormat("I4_64", 64, 36, (0, 2)),  # Q4_1 with a scale and offset for 64 weights
     QuantFormat("I4_128", 128, 68, (0, 2)),
     QuantFormat("I8_32", 32, 36, (0, 2)),  # 8-bit codes with a scale and an offset
+    # scale * (code - zero point), as other libraries publish them: the scale float32, which holds float16 and
+    # bfloat16 alike, the zero point a byte.
+    QuantFormat("Z4_32", 32, 21, (), (0,)),
+    QuantFormat("Z4_64", 64, 37, (), (0,)),
+    QuantFormat("Z4_128", 128, 69, (), (0,)),
+    QuantFormat("Z8_32", 32, 37, (), (0,)),
 )
 
 

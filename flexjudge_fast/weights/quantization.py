@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 
 from flexjudge_fast.errors import InvalidArgumentError
+from flexjudge_fast.ops.linear_w8a8 import W8Matrix
 from flexjudge_fast.ops.quantize import quantize
 from flexjudge_fast.weights.formats import QuantFormat, find_format
-from flexjudge_fast.weights.tensor import QuantTensor, Weight
+from flexjudge_fast.weights.tensor import DenseTensor, QuantTensor, StoredWeight
 
 _LAYER = re.compile(
     r"(model\.|model\.language_model\.|thinker\.model\.)?layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight"
@@ -30,7 +31,7 @@ class Quantization:
     layers: QuantFormat
     tables: QuantFormat
 
-    def apply(self, name: str, weight: Weight) -> Weight:
+    def apply(self, name: str, weight: StoredWeight) -> StoredWeight:
         """The tensor `name` quantised, or as it is where it is neither of the two.
 
         Raises:
@@ -46,9 +47,9 @@ class Quantization:
             raise InvalidArgumentError(
                 f"quantization={self.name!r}: tensor {name} of shape {tuple(weight.shape)} is no matrix"
             )
-        if isinstance(weight, QuantTensor):
+        if not isinstance(weight, DenseTensor):
             raise InvalidArgumentError(
-                f"quantization={self.name!r}: tensor {name} is quantised already ({weight.format.name}); "
+                f"quantization={self.name!r}: tensor {name} is quantised already ({_format(weight)}); "
                 "a second time would cost accuracy (`flexjudge quantize --to keep` keeps formats)"
             )
         rows, columns = weight.shape
@@ -76,7 +77,7 @@ class ActivationQuantization:
     name: str
     dtype: torch.dtype
 
-    def dtype_of(self, name: str, weight: Weight) -> torch.dtype | None:
+    def dtype_of(self, name: str, weight: StoredWeight) -> torch.dtype | None:
         """What the layer with the tensor `name` computes in; None: as the weight is.
 
         Raises:
@@ -84,9 +85,9 @@ class ActivationQuantization:
         """
         if not _LAYER.fullmatch(name):
             return None
-        if isinstance(weight, QuantTensor):
+        if not isinstance(weight, DenseTensor):
             raise InvalidArgumentError(
-                f"quantization={self.name!r}: tensor {name} is quantised already ({weight.format.name}); "
+                f"quantization={self.name!r}: tensor {name} is quantised already ({_format(weight)}); "
                 "a second time would cost accuracy"
             )
         return self.dtype
@@ -95,3 +96,9 @@ class ActivationQuantization:
 def find_activation_quantization(name: str) -> ActivationQuantization | None:
     """The quantisation of weights and activations of this name, if there is one."""
     return ActivationQuantization(name, _EIGHT_BITS[name]) if name in _EIGHT_BITS else None
+
+
+def _format(weight: StoredWeight) -> str:
+    if isinstance(weight, QuantTensor):
+        return weight.format.name
+    return str(weight.codes.dtype if isinstance(weight, W8Matrix) else weight.data.dtype)

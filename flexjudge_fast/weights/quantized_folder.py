@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from flexjudge_fast.errors import CheckpointError, InvalidArgumentError, UnsupportedCheckpointError
+from flexjudge_fast.ops.linear_w8a8 import W8Matrix
 from flexjudge_fast.weights.checkpoint import Checkpoint, read_json
 from flexjudge_fast.weights.quantization import OWN_CONFIG, Quantization
 from flexjudge_fast.weights.tensor import QuantTensor, Weight
@@ -110,6 +111,11 @@ def _shards(checkpoint: Checkpoint, quantization: Quantization | None) -> Iterat
         weight = checkpoint.tensor(name)
         if quantization is not None:
             weight = quantization.apply(name, weight)
+        if isinstance(weight, W8Matrix):
+            raise UnsupportedCheckpointError(
+                f"{checkpoint.path}: tensor {name} wants its activations quantised to {weight.codes.dtype}, "
+                "which the folder cannot say; load the checkpoint as it is"
+            )
         if not weight.is_finite():
             raise CheckpointError(f"{checkpoint.path}: tensor {name} holds NaN or infinite values")
         if size and size + weight.nbytes > _SHARD_BYTES:

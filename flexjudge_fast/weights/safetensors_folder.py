@@ -39,13 +39,8 @@ class SafetensorsCheckpoint(Checkpoint):
         return sorted(set(self._where.values()))
 
     def tensor(self, name: str) -> Weight:
-        if name not in self._where:
-            raise CheckpointError(f"{self.path}: tensor {name} is missing")
+        data = self.stored_tensor(name)
         path = self._where[name]
-        try:
-            data: torch.Tensor = self._open(path).get_tensor(name)
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{path}: tensor {name}: {error}") from error
         if data.dtype == torch.uint8:
             return self._blocks(path, name, data)
         if not data.is_floating_point():
@@ -53,6 +48,17 @@ class SafetensorsCheckpoint(Checkpoint):
                 f"{path}: tensor {name} is {data.dtype}, a float type is expected"
             )
         return DenseTensor(data)
+
+    def stored_tensor(self, name: str) -> torch.Tensor:
+        """A tensor of whatever dtype. CheckpointError when missing or broken."""
+        if name not in self._where:
+            raise CheckpointError(f"{self.path}: tensor {name} is missing")
+        path = self._where[name]
+        try:
+            data: torch.Tensor = self._open(path).get_tensor(name)
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: tensor {name}: {error}") from error
+        return data
 
     def _blocks(self, path: Path, name: str, data: torch.Tensor) -> QuantTensor:
         """A matrix that `flexjudge quantize` wrote: the file's metadata names its format."""

@@ -1,10 +1,11 @@
-"""A weight as it is kept in memory: dense, or quantised blocks."""
+"""A weight as it is kept in memory: dense, quantised blocks, or 8 bits beside 8-bit activations."""
 
 from dataclasses import dataclass
 
 import torch
 
-from flexjudge_fast.ops.dequantize import dequantize
+from flexjudge_fast.ops.dequantize import dequantize, read_floats
+from flexjudge_fast.ops.linear_w8a8 import W8Matrix
 from flexjudge_fast.weights.formats import QuantFormat
 
 
@@ -46,10 +47,13 @@ class QuantTensor:
         return self.blocks.nbytes
 
     def is_finite(self) -> bool:
-        """No NaN or infinity anywhere: codes are integers, so that the half floats alone can hold them."""
+        """No NaN or infinity anywhere: codes are integers, so that scales and offsets alone can hold them."""
         blocks = self.blocks.unflatten(1, (-1, self.format.block_bytes))  # [rows, num_blocks, block_bytes]
-        halves = (blocks[:, :, at : at + 2].contiguous() for at in self.format.half_offsets)
-        return all(bool(torch.isfinite(half.view(torch.float16)).all()) for half in halves)
+        halves = (
+            blocks[:, :, at : at + 2].contiguous().view(torch.float16) for at in self.format.half_offsets
+        )
+        floats = (read_floats(blocks[:, :, at : at + 4]) for at in self.format.float_offsets)
+        return all(bool(torch.isfinite(numbers).all()) for numbers in (*halves, *floats))
 
     def to_dense(self, dtype: torch.dtype) -> torch.Tensor:
         """[rows, columns] in `dtype`."""
@@ -60,3 +64,5 @@ class QuantTensor:
 
 
 Weight = DenseTensor | QuantTensor
+# What a checkpoint holds; a matrix of 8 bits asks for activations of 8 bits as well, which GPUs do.
+StoredWeight = Weight | W8Matrix

@@ -24,6 +24,7 @@ NUM_CASES = 200 * SWEEP
 NUM_PARTS = 10
 TOKENS = (0, 1, 2, 15, 16, 17, 33, 64, 65, 130)
 BLOCK_BYTES = {"Q4_0": (32, 18), "Q4_1": (32, 20), "I4_64": (64, 36), "I4_128": (128, 68)}
+BLOCK_BYTES |= {"Z4_32": (32, 21), "Z4_64": (64, 37), "Z4_128": (128, 69)}
 
 
 @pytest.fixture
@@ -112,9 +113,12 @@ def test_blocks_keep_every_bit(name: str) -> None:
     group, size = BLOCK_BYTES[name]
     for rows, blocks in ((1, 1), (3, 2), (130, 5)):
         data = torch.randint(0, 256, (rows, blocks, size), generator=g, dtype=torch.uint8)
-        for at in range(0, size - group // 2, 2):  # halves that are numbers
-            half = torch.randn(rows, blocks, generator=g).half().unsqueeze(-1)
-            data[:, :, at : at + 2] = half.view(torch.uint8)
+        halves = torch.randn(2, rows, blocks, 1, generator=g).half()
+        if name.startswith("Z"):
+            data[:, :, :4] = halves[0].float().view(torch.uint8)
+        else:
+            for i, at in enumerate(range(0, size - group // 2, 2)):  # halves that are numbers
+                data[:, :, at : at + 2] = halves[i].view(torch.uint8)
         weight = repack_w4_blocks(data.flatten(1), name)
         assert weight.shape == (rows, blocks * group)
         assert torch.equal(dequantize_w4(weight), dequantize_reference(data.flatten(1), name))

@@ -30,7 +30,7 @@ def test_all_ways_agree(name, rows, blocks):
     data = random_blocks(name, rows, blocks, seed=rows)
     reference = dequantize_reference(data, name) if rows else torch.empty(0, 0)
     if rows:
-        if not name.startswith("I"):  # a format of our own
+        if not name.startswith(("I", "Z")):  # a format of our own
             with np.errstate(all="ignore"):
                 oracle = gguf.quants.dequantize(data.numpy(), getattr(gguf.GGMLQuantizationType, name))
             assert same_bits(reference, torch.from_numpy(oracle))
@@ -63,6 +63,18 @@ def test_own_formats_are_q4_1_with_longer_groups(name):
     assert same_bits(dequantize(data, name), dequantize(spread, "Q4_1"))
 
 
+@pytest.mark.parametrize(("name", "bits"), [("Z4_32", 4), ("Z4_64", 4), ("Z4_128", 4), ("Z8_32", 8)])
+def test_zero_points(name, bits):
+    """scale * (code - zero), rounded once."""
+    blocks = random_blocks(name, 9, 3, seed=5).view(27, -1)
+    scales = torch.randn(27, 1, generator=torch.Generator().manual_seed(6))
+    blocks[:, :4] = scales.view(torch.uint8)
+    data = blocks[:, 5:].unflatten(1, (-1, 16))
+    codes = blocks[:, 5:] if bits == 8 else torch.cat((data & 15, data >> 4), 2).flatten(1)
+    want = scales * (codes.float() - blocks[:, 4:5].float())
+    assert torch.equal(dequantize(blocks.reshape(9, -1), name).view(27, -1), want)
+
+
 @pytest.mark.parametrize("bad", ["Q9_9", "q4_0", ""])
 def test_unknown_format(bad):
     with pytest.raises((RuntimeError, KeyError)):
@@ -82,8 +94,11 @@ def test_quantized_linear(name, tokens):
     data = random_blocks(name, 2100, 2, seed=3)
     data = data.view(2100, 2, -1)
     scale = torch.tensor([0.01], dtype=torch.float16).view(torch.uint8)
-    for offset in next(f for f in QUANT_FORMATS if f.name == name).half_offsets:
+    found = next(f for f in QUANT_FORMATS if f.name == name)
+    for offset in found.half_offsets:
         data[..., offset : offset + 2] = scale
+    for offset in found.float_offsets:
+        data[..., offset : offset + 4] = scale.view(torch.float16).float().view(torch.uint8)
     data = data.reshape(2100, -1)
     columns = dequantize_reference(data[:1], name).shape[1]
     x = torch.randn(tokens, columns, generator=generator)

@@ -24,6 +24,9 @@ def random_weight(name: str, rows: int, columns: int, generator: torch.Generator
     for at in found.half_offsets:
         scales = (torch.randn(rows, units, generator=generator) * 0.05).half()
         blocks[:, :, at : at + 2] = scales.unsqueeze(-1).view(torch.uint8)
+    for at in found.float_offsets:
+        floats = torch.randn(rows, units, generator=generator) * 0.05
+        blocks[:, :, at : at + 4] = floats.unsqueeze(-1).view(torch.uint8)
     return blocks.flatten(1)
 
 
@@ -145,6 +148,9 @@ def test_sums_at_their_largest(name, sign, isa):
         blocks[:] = fill
         for at in found.half_offsets:
             blocks[:, :, at : at + 2] = torch.tensor([0.01], dtype=torch.float16).view(torch.uint8)
+        for at in found.float_offsets:  # and a zero point of 0 behind
+            blocks[:, :, at : at + 4] = torch.tensor([0.01]).view(torch.uint8)
+            blocks[:, :, at + 4] = 0
         source = blocks.flatten(1)
         matrix = pack(source, name, 2 * found.block_size)
         weight = dequantize(source, name)

@@ -57,7 +57,8 @@ class PanelTiles {
 // Bytes that are fetched ahead to the L1 cache, after `kFarAhead` to L2.
 constexpr std::int64_t kNearAhead = 2048;
 
-// Tiles of a row block as packed, expanded as they are read. kHalf here is with or without minimums: fewer kernels.
+// Tiles of a row block as packed, expanded as they are read. kHalf here stands for kHalfMin and kFloatZero too: fewer
+// kernels.
 template <int kCodeBits, Scales kScales>
 class PackedTiles {
  public:
@@ -66,7 +67,8 @@ class PackedTiles {
   PackedTiles(const Matrix& w, const std::uint8_t* block)
       : codes_(block), scales_(block + w.layout.code_bytes), ahead_(block + kFarAhead),
         unit_bytes_(scale_unit_bytes(w.format->scales)), unit_tiles_(w.format->unit / kGroup),
-        has_min_(w.format->scales == Scales::kHalfMin), zero_point_(static_cast<float>(w.format->zero_point)) {}
+        has_min_(w.format->scales == Scales::kHalfMin), is_wide_(w.format->scales == Scales::kFloatZero),
+        zero_point_(static_cast<float>(w.format->zero_point)) {}
 
   FJ_INLINE void next(Tile& tile) {
     for (std::int64_t line = 0; line <= kCodeBytes; line += 64) __builtin_prefetch(ahead_ + line, 0, 2);
@@ -118,8 +120,13 @@ class PackedTiles {
 
   FJ_INLINE void read_scales(Tile& tile) {
     if constexpr (kScales == Scales::kHalf) {
-      tile.factors[0] = half(0);
-      tile.offsets[0] = has_min_ ? half(32) : mul(tile.factors[0], set1(-zero_point_));
+      if (is_wide_) {
+        tile.factors[0] = load(reinterpret_cast<const float*>(scales_));
+        tile.offsets[0] = sub(zero(), mul(tile.factors[0], to_float(load_u8(scales_ + 64))));
+      } else {
+        tile.factors[0] = half(0);
+        tile.offsets[0] = has_min_ ? half(32) : mul(tile.factors[0], set1(-zero_point_));
+      }
     } else if constexpr (kScales == Scales::kK) {
       if (in_unit_ == 0) begin_unit();
       tile.factors[0] = mul(d_, to_float(load_u8(bytes_ + 16 * in_unit_)));
@@ -154,7 +161,7 @@ class PackedTiles {
 
   const std::uint8_t *codes_, *scales_, *ahead_;
   const std::int64_t unit_bytes_, unit_tiles_;
-  const bool has_min_;
+  const bool has_min_, is_wide_;
   const float zero_point_;
   int in_unit_ = 0;
   F d_ = zero(), minus_dmin_ = zero();
@@ -168,10 +175,14 @@ FJ_INLINE void with_tiles(Format format, Call call) {
     case Format::kQ4_0:
     case Format::kQ4_1:
     case Format::kI4_64:
+    case Format::kZ4_32:
+    case Format::kZ4_64:
+    case Format::kZ4_128:
     case Format::kI4_128: return call.template operator()<PackedTiles<4, Scales::kHalf>>();
     case Format::kQ5_0:
     case Format::kQ5_1: return call.template operator()<PackedTiles<5, Scales::kHalf>>();
     case Format::kQ8_0:
+    case Format::kZ8_32:
     case Format::kI8_32: return call.template operator()<PackedTiles<8, Scales::kHalf>>();
     case Format::kQ4_K: return call.template operator()<PackedTiles<4, Scales::kK>>();
     case Format::kQ5_K: return call.template operator()<PackedTiles<5, Scales::kK>>();

@@ -14,6 +14,8 @@ inline std::uint32_t word_at(const std::uint8_t* p) {
   return bits;
 }
 
+inline float float_at(const std::uint8_t* p) { return bits_to_float(word_at(p)); }
+
 inline float half_at(const std::uint8_t* p) {
   std::uint16_t bits;
   std::memcpy(&bits, p, 2);

@@ -10,17 +10,20 @@ constexpr std::int64_t kLanes = 16;      // output rows of a row block: one vect
 constexpr std::int64_t kGroup = 32;      // columns of a tile; every quantised format has a scale per tile (or finer)
 
 enum class Format : std::int64_t {
-  kF32, kF16, kBF16, kQ4_0, kQ4_1, kQ5_0, kQ5_1, kQ8_0, kQ4_K, kQ5_K, kQ6_K, kI4_64, kI4_128, kI8_32
+  kF32, kF16, kBF16, kQ4_0, kQ4_1, kQ5_0, kQ5_1, kQ8_0, kQ4_K, kQ5_K, kQ6_K, kI4_64, kI4_128, kI8_32,
+  kZ4_32, kZ4_64, kZ4_128, kZ8_32
 };
 
 // How a format's scales are stored.
-enum class Scales { kNone, kHalf, kHalfMin, kK, kQ6K };
+enum class Scales { kNone, kHalf, kHalfMin, kFloatZero, kK, kQ6K };
 
-// Bytes of the scales of 16 rows and one unit of columns: 16-bit factors (and minimums), then what a K format adds.
+// Bytes of the scales of 16 rows and one unit of columns: 16-bit factors (and minimums), then what a K format adds; or
+// float32 factors, then zero points of a byte.
 constexpr std::int64_t scale_unit_bytes(Scales scales) {
   switch (scales) {
     case Scales::kHalf: return 32;
     case Scales::kHalfMin: return 64;
+    case Scales::kFloatZero: return 80;
     case Scales::kK: return 256;
     case Scales::kQ6K: return 288;
     default: return 0;
@@ -31,7 +34,7 @@ struct FormatInfo {
   std::string_view name;
   Format format;
   int bits;        // of a code; of a value where there are no scales
-  int zero_point;  // subtracted from a code where the format has no minimum
+  int zero_point;  // subtracted from a code where the format stores neither a minimum nor a zero point
   Scales scales;
   int unit;        // columns must be a multiple of this
   int unit_bytes;  // of `unit` columns as stored in a checkpoint
