@@ -32,6 +32,7 @@ from flexjudge_fast.kernels.chips import ARCHS, capability  # noqa: E402
 WEIGHTS = ("bf16", "w4a16-g128", "int8", "fp8")
 KV_DTYPES = (torch.bfloat16, torch.int8, torch.float8_e4m3fn)
 COLD_BYTES = 2e8  # of inputs that take turns: several times an L2 cache
+JUDGING = (64, 256)  # sequences at once
 COPIES = 8  # of a launch's memory, which take turns
 
 
@@ -164,7 +165,10 @@ def _engines(model: Path | None, layers: int, work: Path) -> dict[str, dict[str,
     from bench.gpu_engines import random_model
 
     folder = model or random_model(work / "7b", layers)
-    found: dict[str, dict[str, float] | str] = {"ours": measure_engine(folder) | measure_judging(folder)}
+    ours = measure_engine(folder)
+    for num_seqs in JUDGING:
+        ours |= measure_judging(folder, num_seqs)
+    found: dict[str, dict[str, float] | str] = {"ours": ours}
     try:
         found["vllm"] = Vllm(folder).measure()
     except MissingError as error:

@@ -14,7 +14,7 @@ from bench.vision_models import write_tokenizer
 
 VOCAB, HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM = 152064, 3584, 18944, 28, 4, 128
 BATCHES, PROMPTS, STEPS = (1, 8, 64), (512, 2048), 128
-PAIRS, VOTES, THINK = 32, 4, 128
+PAIRS, VOTES, THINK = 64, 4, 128
 
 
 def random_model(folder: Path, layers: int) -> Path:
@@ -74,25 +74,24 @@ def measure_engine(folder: Path) -> dict[str, float]:
         return _speeds(generate)
 
 
-def measure_judging(folder: Path) -> dict[str, float]:
-    """Pairs a second: both orders, four votes, one rubric, a cold cache."""
+def measure_judging(folder: Path, num_seqs: int = 64) -> dict[str, float]:
+    """Pairs a second, `num_seqs` sequences at once: both orders, four votes, one rubric that is new.
+
+    Under another rubric they are judged before, so that kernels are compiled and graphs recorded.
+    """
     from flexjudge_fast import Engine, Judge, Judgement
 
-    with Engine.from_pretrained(folder, device="cuda", max_model_len=8192) as engine:
-        engine.generate(["Good morning."])
-        items = [
-            Judgement(
-                "pair", question, answers, rubric=RUBRIC, votes=VOTES, order="both", max_think_tokens=THINK
-            )
-            for question, answers in make_pairs(PAIRS)
-        ]
-        start = time.perf_counter()
-        verdicts = list(Judge(engine).run(items))
-        elapsed = time.perf_counter() - start
-        failed = [v.error for v in verdicts if v.finish_reason != "answer"]
-        if failed:
-            raise RuntimeError(f"{len(failed)} of {len(verdicts)} verdicts have no answer: {failed[0]}")
-        return {"the judge's work, pairs/s": PAIRS / elapsed}
+    with Engine.from_pretrained(folder, device="cuda", max_model_len=8192, max_num_seqs=num_seqs) as engine:
+        for rubric in ("Be fair.", RUBRIC):
+            asked = {"rubric": rubric, "votes": VOTES, "order": "both", "max_think_tokens": THINK}
+            items = [Judgement("pair", q, answers, **asked) for q, answers in make_pairs(PAIRS)]
+            start = time.perf_counter()
+            verdicts = list(Judge(engine).run(items))
+            elapsed = time.perf_counter() - start
+            failed = [v.error for v in verdicts if v.finish_reason != "answer"]
+            if failed:
+                raise RuntimeError(f"{len(failed)} of {len(verdicts)} verdicts have no answer: {failed[0]}")
+        return {f"the judge's work, {num_seqs} at once, pairs/s": PAIRS / elapsed}
 
 
 class Vllm:
