@@ -1,4 +1,4 @@
-"""Draws tokens from rows of logits: banned ids, temperature, top-k, top-p, min-p and the draw in two launches.
+"""Draws tokens from rows of logits: banned ids, temperature, top-k, top-p, min-p and the draw: two launches.
 
     row:        |.... 4096 ids ....|.... 4096 ids ....| ...     first launch, a program for each: reads logits
     groups:     |32|32|32| ... 128 |32|32|32| ...               largest logit, and sum of weights, of each 32
@@ -197,8 +197,8 @@ def _draw_ranked(
 
 @triton.jit
 def _draw_likeliest_first(
-    row_ptr, mask_ptr, has_mask, work_ptr, ints_ptr, bound, tops, weights, groups, top_k, top_p, min_p, uniform,
-    total, largest, inverse, VOCAB: tl.constexpr, CHUNK: tl.constexpr, RANKED: tl.constexpr,
+    row_ptr, mask_ptr, has_mask, work_ptr, ints_ptr, bound, tops, weights, groups, top_k, top_p, min_p,
+    uniform, total, largest, inverse, VOCAB: tl.constexpr, CHUNK: tl.constexpr, RANKED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Lists groups that reach the bound, in order, and draws among their tokens."""
@@ -241,6 +241,7 @@ def _draw_kernel(
     WORDS: tl.constexpr,
     WORK: tl.constexpr,
     GROUPS: tl.constexpr,  # a power of two
+    FEW: tl.constexpr,
     CHUNK: tl.constexpr,
     RANKED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -269,7 +270,7 @@ def _draw_kernel(
         total = tl.sum(sums)
         if (top_k > 0) | (top_p < 1) | (min_p > 0):
             bound = _find_bound(
-                tops, weights, sums, largest, inverse, top_k, top_p, min_p, total, GROUPS, CHUNK
+                tops, weights, sums, largest, inverse, top_k, top_p, min_p, total, GROUPS, FEW
             )
             token = _draw_likeliest_first(
                 row_ptr, mask_ptr, has_mask, work_ptr + 2 * NUM_GROUPS, ints_ptr + 2 * NUM_GROUPS, bound,
@@ -303,7 +304,7 @@ def sample(
         return out
     num_groups = triton.cdiv(vocab, 32)
     summary, draw = tiles("sample", "summary"), tiles("sample", "draw")
-    # Of each group the largest logit, sum, and place in a list; of each candidate id, rank, logit, sum before.
+    # Of each group the largest logit, sum, and place in a list; of each candidate id, rank, logit, sum.
     size = 3 * num_groups + 4 * draw["RANKED"]
     work = torch.empty(num_draws, size, dtype=torch.float32, device=logits.device)
     sizes = {"VOCAB": vocab, "WORDS": masks.shape[1], "WORK": size}
