@@ -63,15 +63,19 @@ def _norms(shape: ModelShape, hidden: int, tokens: int, device: str, quantizes: 
 
 
 def _sampling(shape: ModelShape, rows: int, device: str) -> Launch:
-    """A draw with top-p from each row; further passes over a row are out of the L2."""
+    """A draw with top-p from each row of peaked logits. Beyond them, summaries are written and read."""
     logits = random_tensor(rows, shape.vocab, dtype=torch.float32, device=device)
+    if device != "meta":
+        logits *= 4 / logits.std()
     integers = torch.zeros(rows, 3, dtype=torch.int32, device=device)
+    integers[:, 0], integers[:, 2] = torch.arange(rows, device=device), -1
     floats = torch.full((rows, 4), 0.5, device=device)
+    floats[:, 2] = 0
     masks = torch.zeros(1, -(-shape.vocab // 32), dtype=torch.int32, device=device)
-    num_bytes = logits.nbytes + masks.nbytes + integers.nbytes + floats.nbytes + 8 * rows
-    return _launch(
-        "sample", f"{rows} rows", lambda: sample(logits, integers, floats, masks), rows, num_bytes, 0.0
-    )
+    num_bytes = logits.nbytes + integers.nbytes + floats.nbytes + 8 * rows
+    moved = num_bytes + 2 * 2 * 4 * masks.numel() * rows
+    run = lambda: _discard(sample(logits, integers, floats, masks))  # noqa: E731
+    return Launch("sample", f"{rows} rows", run, rows, num_bytes, moved, 0.0)
 
 
 def _sections(shape: ModelShape) -> tuple[int, ...]:

@@ -9,7 +9,21 @@ import torch
 import triton
 import triton.language as tl
 
-from flexjudge_fast.kernels.quantize_tokens import round_codes
+
+@triton.jit
+def round_codes(values, IS_INT: tl.constexpr):
+    """float32 values within the range of int8 or float8 (e4m3), rounded half to even to what the type holds.
+
+    In float32 arithmetic, as conversions differ in how they round (the interpreter's is wrong).
+    """
+    if IS_INT:
+        return (values + 12582912.0) - 12582912.0  # 1.5 * 2^23: the sum's last bit is worth 1
+    # the power of two below the value, 2^-6 at least: the format's 3 bits of mantissa follow it
+    power = (tl.maximum(values.to(tl.int32, bitcast=True) & 0x7F800000, 121 << 23)).to(
+        tl.float32, bitcast=True
+    )
+    magic = power * 1572864.0  # 1.5 * 2^20
+    return (values + magic) - magic
 
 
 @triton.jit
@@ -19,19 +33,43 @@ def limit_of(IS_INT: tl.constexpr):
 
 
 @triton.jit
-def scale_and_factor(amax, IS_INT: tl.constexpr):
-    """What codes are multiplied by to be values, and values to be codes; both are 0 for a row of zeros."""
+def magnitude(values):
+    """int32 that order as float32 magnitudes do, with infinity and then NaN on top.
+
+    The largest of these is never a number where there is NaN; a GPU's largest of floats would be.
+    """
+    return values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def not_nan(values):
+    """0 where they are NaN, as is what times the factor of a row that is not finite is."""
+    return tl.where(values == values, values, 0.0)
+
+
+@triton.jit
+def scale_and_factor(largest, IS_INT: tl.constexpr):
+    """What codes are multiplied by to be values, and values to be codes, by the row's largest `magnitude`.
+
+    Both are 0 for a row of zeros. A row that is not finite has the scale NaN and the factor 0.
+    """
     limit = limit_of(IS_INT)
-    amax = tl.where(amax < 1e-30, 0.0, amax)  # limit / amax must be finite
-    factor = tl.where(amax == 0, 0.0, tl.div_rn(limit, tl.where(amax == 0, 1.0, amax)))
-    return tl.div_rn(amax, limit), factor
+    amax = largest.to(tl.float32, bitcast=True)
+    is_finite = largest < 0x7F800000
+    has_scale = is_finite & (amax >= 1e-30)  # limit / amax must be finite
+    amax = tl.where(has_scale, amax, 1.0)
+    scale = tl.where(has_scale, tl.div_rn(amax, limit), tl.where(is_finite, 0.0, float("nan")))
+    return scale, tl.where(has_scale, tl.div_rn(limit, amax), 0.0)
 
 
 @triton.jit
 def to_codes(values, IS_INT: tl.constexpr):
-    """uint8 bits of the codes nearest to float32 values, half to even; what exceeds the range is clamped."""
+    """uint8 bits of the codes nearest to float32 values, half to even, and 0 for NaN.
+
+    What exceeds the range is clamped.
+    """
     limit = limit_of(IS_INT)
-    rounded = round_codes(tl.minimum(tl.maximum(values, -limit), limit), IS_INT)
+    rounded = round_codes(tl.minimum(tl.maximum(not_nan(values), -limit), limit), IS_INT)
     if IS_INT:
         return rounded.to(tl.int32).to(tl.uint8)
     bits = rounded.to(tl.int32, bitcast=True)

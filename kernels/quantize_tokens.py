@@ -5,23 +5,8 @@ import triton
 import triton.language as tl
 
 from flexjudge_fast.kernels.chips import INTERPRETER, capability
+from flexjudge_fast.kernels.codes import limit_of, magnitude, not_nan, round_codes, scale_and_factor
 from flexjudge_fast.kernels.tiles import tiles
-
-
-@triton.jit
-def round_codes(values, IS_INT: tl.constexpr):
-    """float32 values within the range of int8 or float8 (e4m3), rounded half to even to what the type holds.
-
-    In float32 arithmetic, as conversions differ in how they round (the interpreter's is wrong).
-    """
-    if IS_INT:
-        return (values + 12582912.0) - 12582912.0  # 1.5 * 2^23: the sum's last bit is worth 1
-    # the power of two below the value, 2^-6 at least: the format's 3 bits of mantissa follow it
-    power = (tl.maximum(values.to(tl.int32, bitcast=True) & 0x7F800000, 121 << 23)).to(
-        tl.float32, bitcast=True
-    )
-    magic = power * 1572864.0  # 1.5 * 2^20
-    return (values + magic) - magic
 
 
 @triton.jit
@@ -34,21 +19,19 @@ def _quantize_tokens_kernel(
     BLOCK: tl.constexpr,
 ):
     """One token: reads it twice (the second time out of the L1) and writes a byte a column."""
-    LIMIT: tl.constexpr = 127.0 if IS_INT else 448.0
+    limit = limit_of(IS_INT)
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    largest = tl.zeros((BLOCK,), tl.float32)
+    largest = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, COLUMNS, BLOCK):
         x = tl.load(x_ptr + token * COLUMNS + start + column, mask=start + column < COLUMNS, other=0)
-        largest = tl.maximum(largest, tl.abs(x.to(tl.float32)))
-    amax = tl.max(largest, 0)
-    amax = tl.where(amax < 1e-30, 0.0, amax)  # LIMIT / amax must be finite
-    tl.store(scales_ptr + token, tl.div_rn(amax, LIMIT))
-    factor = tl.where(amax == 0, 0.0, tl.div_rn(LIMIT, tl.where(amax == 0, 1.0, amax)))
+        largest = tl.maximum(largest, magnitude(x.to(tl.float32)))
+    scale, factor = scale_and_factor(tl.max(largest, 0), IS_INT)
+    tl.store(scales_ptr + token, scale)
     for start in range(0, COLUMNS, BLOCK):
         inside = start + column < COLUMNS
         x = tl.load(x_ptr + token * COLUMNS + start + column, mask=inside, other=0).to(tl.float32)
-        scaled = tl.minimum(tl.maximum(x * factor, -LIMIT), LIMIT)
+        scaled = tl.minimum(tl.maximum(not_nan(x * factor), -limit), limit)
         codes = round_codes(scaled, IS_INT).to(codes_ptr.dtype.element_ty)
         tl.store(codes_ptr + token * COLUMNS + start + column, codes, mask=inside)
 

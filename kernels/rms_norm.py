@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flexjudge_fast.kernels.codes import as_bytes, scale_and_factor, to_codes
+from flexjudge_fast.kernels.codes import as_bytes, magnitude, scale_and_factor, to_codes
 from flexjudge_fast.kernels.tiles import tiles
 
 
@@ -43,7 +43,7 @@ def _rms_norm_kernel(
     out = (normed.to(tl.float32) * weight).to(dtype)
     if QUANTIZES:
         values = out.to(tl.float32)
-        scale, factor = scale_and_factor(tl.max(tl.abs(values), 0), IS_INT)
+        scale, factor = scale_and_factor(tl.max(magnitude(values), 0), IS_INT)
         tl.store(scales_ptr + token, scale)
         tl.store(out_ptr + token * HIDDEN + column, to_codes(values * factor, IS_INT), mask=inside)
     else:

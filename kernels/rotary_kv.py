@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flexjudge_fast.kernels.codes import scale_and_factor, to_codes
+from flexjudge_fast.kernels.codes import magnitude, scale_and_factor, to_codes
 from flexjudge_fast.kernels.tiles import tiles
 from flexjudge_fast.ops.rotary_kv import RotaryAngles
 
@@ -69,19 +69,15 @@ def _store_rows(
     else:
         IS_INT: tl.constexpr = KIND == "int8"
         block_bytes: tl.constexpr = ROWS * (2 * HALF + 4)
-        largest: tl.constexpr = 3.4028234663852886e38
-        finite_first, finite_second = tl.abs(first) <= largest, tl.abs(second) <= largest
-        broken = tl.max(1 - (finite_first & finite_second).to(tl.int32), 1) > 0
-        first, second = tl.where(finite_first, first, 0.0), tl.where(finite_second, second, 0.0)
-        amax = tl.max(tl.maximum(tl.abs(first), tl.abs(second)), 1)
-        scale, factor = scale_and_factor(amax, IS_INT)
-        factor = tl.where(broken, 0.0, factor)[:, None]
+        largest = tl.max(tl.maximum(magnitude(first), magnitude(second)), 1)
+        scale, factor = scale_and_factor(largest, IS_INT)
+        factor = factor[:, None]
         ptrs = cache_ptr + block * block_bytes + (row * 2 * HALF)[:, None] + pair[None, :]
         tl.store(ptrs, to_codes(first * factor, IS_INT), mask=mask)
         tl.store(ptrs + HALF, to_codes(second * factor, IS_INT), mask=mask)
         scale_ptrs = scales_ptr + block * (block_bytes // 4) + ROWS * HALF // 2 + row
         inside = tl.max(mask.to(tl.int32), 1) > 0
-        tl.store(scale_ptrs, tl.where(broken, float("nan"), scale), mask=inside)
+        tl.store(scale_ptrs, scale, mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_blocks"])

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flexjudge_fast.kernels.codes import as_bytes, scale_and_factor, to_codes
+from flexjudge_fast.kernels.codes import as_bytes, magnitude, scale_and_factor, to_codes
 from flexjudge_fast.kernels.tiles import tiles
 
 
@@ -47,10 +47,10 @@ def _swiglu_quantized_kernel(
     BLOCK: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    largest = tl.zeros((BLOCK,), tl.float32)
+    largest = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, SIZE, BLOCK):
         values = _gated(gate_up_ptr, token, start + tl.arange(0, BLOCK), SIZE)
-        largest = tl.maximum(largest, tl.abs(values.to(tl.float32)))
+        largest = tl.maximum(largest, magnitude(values.to(tl.float32)))
     scale, factor = scale_and_factor(tl.max(largest, 0), IS_INT)
     tl.store(scales_ptr + token, scale)
     for start in range(0, SIZE, BLOCK):

@@ -58,7 +58,8 @@ def quantize_tokens(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, 
         dtype: int8 or float8_e4m3fn.
 
     Returns:
-        Codes [num_tokens, columns] in `dtype`; float32 scales [num_tokens], 0 for a row of zeros.
+        Codes [num_tokens, columns] in `dtype`; float32 scales [num_tokens], 0 for a row of zeros,
+        NaN (and codes of 0) for one that holds NaN or infinity.
 
     Raises:
         ValueError: float8 on a GPU that has none.
@@ -77,11 +78,11 @@ def quantize_tokens_reference(x: torch.Tensor, dtype: torch.dtype) -> tuple[torc
     wide = x.float()
     amax = wide.abs().amax(dim=1, keepdim=True) if x.shape[1] else wide.new_zeros(x.shape[0], 1)
     amax = torch.where(amax < _LEAST, 0.0, amax)
-    factor = torch.where(amax == 0, 0.0, limit / amax)
-    scaled = (wide * factor).clamp(-limit, limit)
+    factor = torch.where(amax > 0, limit / amax, 0.0)  # 0 for infinity and NaN
+    scaled = (wide * factor).nan_to_num().clamp(-limit, limit)
     rounded = scaled.round() if dtype == torch.int8 else scaled.to(dtype).float()
     codes = (rounded + 0.0).to(dtype)  # no negative zeros
-    return codes, (amax / limit).squeeze(1)
+    return codes, torch.where(amax.isfinite(), amax / limit, torch.nan).squeeze(1)
 
 
 def repack_w8(weight: torch.Tensor, dtype: torch.dtype) -> W8Matrix:

@@ -84,13 +84,15 @@ def sample_on_device(
     if uses_triton(logits):
         from flexjudge_fast.kernels.sample import sample as kernel
 
-        numbers = [(d.row, d.top_k, masks.number(ids)) for d, ids in zip(draws, banned, strict=True)]
-        integers = torch.tensor(numbers, dtype=torch.int32).reshape(-1, 3)
-        floats = torch.tensor([(d.temperature, d.top_p, d.min_p, d.uniform) for d in draws]).reshape(-1, 4)
-        device = logits.device
-        return kernel(
-            logits, integers.to(device, non_blocking=True), floats.to(device, non_blocking=True), masks.bits
-        )
+        num_draws, vocab = len(draws), logits.shape[1]
+        numbers = np.empty(7 * num_draws, dtype=np.float32)  # floats, then integers: one upload
+        floats = [(d.temperature, d.top_p, d.min_p, d.uniform) for d in draws]
+        integers = [(d.row, min(d.top_k, vocab), masks.number(i)) for d, i in zip(draws, banned, strict=True)]
+        numbers[: 4 * num_draws] = np.array(floats, dtype=np.float32).ravel()
+        numbers[4 * num_draws :].view(np.int32)[:] = np.array(integers, dtype=np.int32).ravel()
+        there = torch.from_numpy(numbers).to(logits.device, non_blocking=True)
+        there_too = there[4 * num_draws :].view(torch.int32)
+        return kernel(logits, there_too.view(-1, 3), there[: 4 * num_draws].view(-1, 4), masks.bits)
     rows = [logits[draw.row] for draw in draws]
     found = [
         0 if row.isnan().any() else sample_reference(row, draw, ids)

@@ -48,9 +48,9 @@ def test_matches_float64(part: int) -> None:
 
 
 @pytest.mark.parametrize("part", range(NUM_PARTS))
-@pytest.mark.parametrize("dtype", CODES)
-def test_codes_are_those_of_the_norm(part: int, dtype: torch.dtype) -> None:
-    for x, residual, weight, eps in _cases(part):
+def test_codes_are_those_of_the_norm(part: int) -> None:
+    for i, (x, residual, weight, eps) in enumerate(_cases(part)):
+        dtype = CODES[i % 2]
         inputs = [in_nan(tensor) for tensor in (x, residual, weight)]
         codes, scales = rms_norm_quantized(inputs[0], inputs[2], eps, dtype)
         expected, expected_scales = quantize_tokens_reference(rms_norm(*inputs[::2], eps), dtype)

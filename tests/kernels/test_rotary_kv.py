@@ -164,7 +164,7 @@ def test_rows_that_are_not_finite(dtype: torch.dtype, bad: float) -> None:
     expected, expected_scales = quantize_kv(qkv[:, -4:], dtype)
     assert scales[1, 3, 3].isnan()
     assert torch.equal(codes[1, :5].float(), expected.float())
-    torch.testing.assertrows_close(scales[1, :5], expected_scales.squeeze(-1), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(scales[1, :5], expected_scales.squeeze(-1), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.gpu

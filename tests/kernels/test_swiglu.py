@@ -34,9 +34,9 @@ def test_matches_float64(part: int) -> None:
 
 
 @pytest.mark.parametrize("part", range(NUM_PARTS))
-@pytest.mark.parametrize("dtype", CODES)
-def test_codes_are_those_of_the_activation(part: int, dtype: torch.dtype) -> None:
-    for gate_up in _cases(part):
+def test_codes_are_those_of_the_activation(part: int) -> None:
+    for i, gate_up in enumerate(_cases(part)):
+        dtype = CODES[i % 2]
         codes, scales = swiglu_quantized(in_nan(gate_up), dtype)
         expected, expected_scales = quantize_tokens_reference(swiglu(gate_up), dtype)
         assert codes.dtype == dtype
