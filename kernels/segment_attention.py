@@ -9,14 +9,14 @@ What is not a power of two is cut, not padded: 80 columns into 64 + 16. A step r
 elements and does 4 * BLOCK_M * BLOCK_N * head_dim operations. Only the last keys of a segment need a mask, so
 they have a loop of their own.
 
-Queries and keys that turn do so once. Where a segment is one tile of queries, each key is read by one program,
-and turned there. Where it is more, a launch before turns all of them: it reads and writes 2 * head_dim elements
-a token and head. Either way the two columns of a pair, HALF apart in the input, end up side by side, which
+Queries and keys that turn do so once. Where all segments are short, each key is read by one program, and
+turned there. Else a launch before turns all of them: it reads and writes 2 * head_dim elements a token and
+head. Either way the two columns of a pair, half a head apart in the input, end up side by side, which
 products do not mind: so threads turn what they load, 128 bits at a time, and pass nothing on.
 
-Segments have the same bits in any company: BLOCK_N is one for all lengths, keys come in order from the segment's
-first, a row of scores lies in one warp however many rows there are, and products that are added to are `fma`s,
-with no others fused.
+Segments have the same bits in any company: BLOCK_N is one for all lengths, keys come in order from the
+segment's first, a row of scores is added up in one order however many rows there are, and products that are
+added to are written as `fma`, with no others fused.
 """
 
 import torch
@@ -40,6 +40,7 @@ def _load_turned(
     HALF: tl.constexpr,
     FROM: tl.constexpr,
     SIZE: tl.constexpr,
+    TURN_FIRST: tl.constexpr,
 ):
     """Pairs FROM to FROM + SIZE, turned, [ROWS, 2 * SIZE]; zeros where there are none."""
     pair = FROM + tl.arange(0, SIZE)
@@ -52,7 +53,12 @@ def _load_turned(
     cos = tl.load(cos_ptr + angle, mask=mask, other=0)
     sin = tl.load(sin_ptr + angle, mask=mask, other=0)
     turned = tl.join(x * cos - y * sin, y * cos + x * sin)
-    return tl.reshape(turned, (x.shape[0], 2 * SIZE)).to(x_ptr.dtype.element_ty)
+    turned = tl.reshape(turned, (x.shape[0], 2 * SIZE))
+    if TURN_FIRST:
+        # The largest of one is itself, but stays here: else the compiler would move the layout of a product's
+        # operand up to the loads, where several threads hold the same element and each would turn it.
+        turned = tl.max(turned[None, :, :], 0)
+    return turned.to(x_ptr.dtype.element_ty)
 
 
 @triton.jit
@@ -67,6 +73,7 @@ def _load(
     FROM: tl.constexpr,
     SIZE: tl.constexpr,
     TURNS: tl.constexpr,
+    TURN_FIRST: tl.constexpr,
     MASKED: tl.constexpr,  # whether a row may not exist
 ):
     """Columns FROM to FROM + SIZE, [ROWS, SIZE]; zeros where there are none."""
@@ -74,7 +81,7 @@ def _load(
         half: tl.constexpr = COLUMNS // 2
         inside = row < count if MASKED else row >= 0
         x = _load_turned(
-            ptr, cos_ptr, sin_ptr, row * STRIDE, row * half, inside, half, FROM // 2, SIZE // 2
+            ptr, cos_ptr, sin_ptr, row * STRIDE, row * half, inside, half, FROM // 2, SIZE // 2, TURN_FIRST
         )
     else:
         column = FROM + tl.arange(0, SIZE)
@@ -96,34 +103,25 @@ def _store(ptr, x, row, count, STRIDE: tl.constexpr, COLUMNS: tl.constexpr, FROM
     tl.store(ptr + row[:, None] * STRIDE + column[None, :], x.to(ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _turn_kernel(
     qkv_ptr,  # [num_tokens, 3, HEADS, SIZE]
     cos_ptr,  # [num_tokens, SIZE / 2]
     sin_ptr,
     out_ptr,  # [num_tokens, 2, HEADS, SIZE], pairs side by side
+    num_rows,  # num_tokens * 2 * HEADS
     HEADS: tl.constexpr,
     SIZE: tl.constexpr,
-    BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """A token's queries and keys."""
+    """ROWS of queries and keys; those of one token read the same angles, out of the L1."""
     half: tl.constexpr = SIZE // 2
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.arange(0, BLOCK_H)
-    angle = tl.zeros((BLOCK_H,), tl.int32)  # each head reads the same ones, out of the L1
-    x = _load_turned(
-        qkv_ptr + token * (3 * HEADS * SIZE),
-        cos_ptr + token * half,
-        sin_ptr + token * half,
-        head * SIZE,
-        angle,
-        head < 2 * HEADS,
-        half,
-        0,
-        BLOCK_D // 2,
-    )
-    _store(out_ptr + token * (2 * HEADS * SIZE), x, head, 2 * HEADS, SIZE, SIZE, 0)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    token, head = row // (2 * HEADS), row % (2 * HEADS)
+    source, angle = token * (3 * HEADS * SIZE) + head * SIZE, token * half
+    x = _load_turned(qkv_ptr, cos_ptr, sin_ptr, source, angle, row < num_rows, half, 0, BLOCK_D // 2, False)
+    _store(out_ptr, x, row, num_rows, SIZE, SIZE, 0)
 
 
 @triton.jit(do_not_specialize=["tiles_each"])
@@ -143,6 +141,7 @@ def _segment_attention_kernel(
     SIZE_2: tl.constexpr,
     TURNS: tl.constexpr,
     PRECISION: tl.constexpr,
+    TURN_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -161,10 +160,10 @@ def _segment_attention_kernel(
     cos_ptr += begin * (SIZE // 2)
     sin_ptr += begin * (SIZE // 2)
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    q_1 = _load(q_ptr, cos_ptr, sin_ptr, m, count, stride, SIZE, 0, SIZE_1, TURNS, True)
+    q_1 = _load(q_ptr, cos_ptr, sin_ptr, m, count, stride, SIZE, 0, SIZE_1, TURNS, TURN_FIRST, True)
     out_1 = tl.zeros((BLOCK_M, SIZE_1), tl.float32)
     if SIZE_2:
-        q_2 = _load(q_ptr, cos_ptr, sin_ptr, m, count, stride, SIZE, SIZE_1, SIZE_2, TURNS, True)
+        q_2 = _load(q_ptr, cos_ptr, sin_ptr, m, count, stride, SIZE, SIZE_1, SIZE_2, TURNS, TURN_FIRST, True)
         out_2 = tl.zeros((BLOCK_M, SIZE_2), tl.float32)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -172,12 +171,16 @@ def _segment_attention_kernel(
     for MASKED in tl.static_range(2):
         for at in range(whole if MASKED else 0, count if MASKED else whole, BLOCK_N):
             n = at + tl.arange(0, BLOCK_N)
-            k = _load(k_ptr, cos_ptr, sin_ptr, n, count, stride, SIZE, 0, SIZE_1, TURNS, MASKED)
-            v_1 = _load(v_ptr, cos_ptr, sin_ptr, n, count, v_stride, SIZE, 0, SIZE_1, False, MASKED)
+            k = _load(k_ptr, cos_ptr, sin_ptr, n, count, stride, SIZE, 0, SIZE_1, TURNS, TURN_FIRST, MASKED)
+            v_1 = _load(v_ptr, cos_ptr, sin_ptr, n, count, v_stride, SIZE, 0, SIZE_1, False, False, MASKED)
             scores = tl.dot(q_1, tl.trans(k), input_precision=PRECISION)
             if SIZE_2:
-                k = _load(k_ptr, cos_ptr, sin_ptr, n, count, stride, SIZE, SIZE_1, SIZE_2, TURNS, MASKED)
-                v_2 = _load(v_ptr, cos_ptr, sin_ptr, n, count, v_stride, SIZE, SIZE_1, SIZE_2, False, MASKED)
+                k = _load(
+                    k_ptr, cos_ptr, sin_ptr, n, count, stride, SIZE, SIZE_1, SIZE_2, TURNS, TURN_FIRST, MASKED
+                )
+                v_2 = _load(
+                    v_ptr, cos_ptr, sin_ptr, n, count, v_stride, SIZE, SIZE_1, SIZE_2, False, False, MASKED
+                )
                 scores = tl.dot(q_2, tl.trans(k), scores, input_precision=PRECISION)
             if MASKED:
                 scores = tl.where((n < count)[None, :], scores, float("-inf"))
@@ -207,10 +210,11 @@ def segment_attention(
     if not num_tokens or not num_segments or not segments.longest:
         return out
     qk = qkv = qkv.contiguous()
-    sizes = _tiles(qkv.dtype, segments.longest)
+    case = _case(qkv.dtype, segments.longest)
+    sizes = tiles("segment_attention", case)
     tiles_each = triton.cdiv(segments.longest, sizes["BLOCK_M"])
     cos, sin = (qkv, qkv) if cos_sin is None else (part.contiguous() for part in cos_sin)
-    if cos_sin is not None and tiles_each > 1:
+    if cos_sin is not None and case != "short":
         qk = _turn(qkv, cos, sin)
     size_1, size_2 = _cut(head_dim)
     _segment_attention_kernel[(num_segments * tiles_each * num_heads,)](
@@ -227,7 +231,7 @@ def segment_attention(
         SIZE=head_dim,
         SIZE_1=size_1,
         SIZE_2=size_2,
-        TURNS=cos_sin is not None and tiles_each == 1,
+        TURNS=cos_sin is not None and case == "short",
         PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",  # says nothing about 16-bit operands
         enable_fp_fusion=False,
         **sizes,
@@ -239,27 +243,28 @@ def _turn(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     """Queries and keys [num_tokens, 2, num_heads, head_dim], pairs side by side."""
     num_tokens, _, num_heads, head_dim = qkv.shape
     out = qkv.new_empty(num_tokens, 2, num_heads, head_dim)
-    _turn_kernel[(num_tokens,)](
+    sizes = tiles("segment_turn")
+    num_rows = num_tokens * 2 * num_heads
+    _turn_kernel[(triton.cdiv(num_rows, sizes["ROWS"]),)](
         qkv,
         cos,
         sin,
         out,
+        num_rows,
         HEADS=num_heads,
         SIZE=head_dim,
-        BLOCK_H=triton.next_power_of_2(2 * num_heads),
         BLOCK_D=triton.next_power_of_2(head_dim),
         enable_fp_fusion=False,
-        **tiles("segment_turn"),
+        **sizes,
     )
     return out
 
 
-def _tiles(dtype: torch.dtype, longest: int) -> dict[str, int]:
-    """Segments no longer than a tile of queries of the table's "short" have such."""
+def _case(dtype: torch.dtype, longest: int) -> str:
+    """Of the tiles."""
     if dtype == torch.float32:
-        return tiles("segment_attention", "float32")
-    short = tiles("segment_attention", "short")
-    return short if longest <= short["BLOCK_M"] else tiles("segment_attention")
+        return "float32"
+    return "short" if longest <= tiles("segment_attention", "short")["BLOCK_M"] else "long"
 
 
 def _cut(size: int) -> tuple[int, int]:
