@@ -130,18 +130,21 @@ def _embedding(shape: ModelShape, tokens: int, has_media: bool, device: str) -> 
 
 
 def _vision_attention(shape: ModelShape, name: str, size: int, device: str) -> Launch:
-    """Moved: inputs and results once; programs of a segment read its keys and values again out of the L2."""
+    """Moved: inputs and results once, as programs of a segment read its keys and values again out of the L2;
+    frames' queries and keys are written, and read, once more."""
     heads, head_dim = shape.vision_heads, shape.vision_head_dim
     qkv = random_tensor(PATCHES, 3, heads, head_dim, dtype=shape.dtype, device=device)
     cos, sin = (random_tensor(PATCHES, head_dim // 2, dtype=torch.float32, device=device) for _ in range(2))
     segments = Segments(torch.arange(0, PATCHES + 1, size, device=device), size)
-    return _launch(
+    num_bytes = qkv.nbytes * 4 / 3 + cos.nbytes + sin.nbytes
+    return Launch(
         "segment_attention",
         f"{name} of {size}",
-        lambda: segment_attention(qkv, segments, (cos, sin)),
+        lambda: _discard(segment_attention(qkv, segments, (cos, sin))),
         PATCHES,
-        qkv.nbytes * 4 / 3 + cos.nbytes + sin.nbytes,
-        4.0 * PATCHES * size * heads * head_dim,
+        num_bytes,
+        num_bytes + (0 if size == WINDOW else qkv.nbytes * 4 / 3),
+        4.0 * PATCHES * size * heads * head_dim + 4.0 * qkv.numel(),
     )
 
 

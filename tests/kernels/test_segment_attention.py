@@ -1,6 +1,7 @@
 """Attention inside segments against float64, with and without rotation; a segment's bits in any company."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 import torch
@@ -33,9 +34,11 @@ def _cases(part: int) -> Iterator[Case]:
         def pick(*options: int, g: torch.Generator = g) -> int:
             return options[int(torch.randint(len(options), (1,), generator=g))]
 
-        sizes = [pick(0, 1, 2, 16, 31, 32, 33, 64, 70) for _ in range(pick(0, 1, 2, 4))]
+        sizes = [pick(0, 1, 2, 16, 31, 32, 33, 64, 70) for _ in range(pick(0, 1, 1, 2, 3))]
         head_dim = (80, 64, 16, 128, 8, 72, 96, 20)[seed // 3 % 8] if seed % 3 else 80
-        qkv, segments, cos_sin = _case(g, sizes, pick(1, 2), head_dim, (1.0, 3.0)[seed % 2], seed % 4 > 0)
+        qkv, segments, cos_sin = _case(
+            g, sizes, pick(1, 1, 1, 3), head_dim, (1.0, 3.0)[seed % 2], seed % 4 > 0
+        )
         yield qkv.to((torch.float16, torch.float32)[seed // NUM_PARTS % 2]), segments, cos_sin
 
 
@@ -64,17 +67,29 @@ def test_matches_float64(part: int) -> None:
         _check((in_nan(qkv), segments, cos_sin), 1e-3)
 
 
+def _check_company(device: torch.device, dtype: torch.dtype) -> None:
+    """Long segments beside short ones bring other tiles, and another launch that turns."""
+    sizes = [5, 64, 1, 0, 130, 33, 32]
+    qkv, segments, cos_sin = _case(torch.Generator().manual_seed(1), sizes, 2, 80, 1.0, True)
+    assert cos_sin is not None
+    qkv, cos, sin = qkv.to(device, dtype), cos_sin[0].to(device), cos_sin[1].to(device)
+    out = segment_attention(qkv, Segments.at(segments.start, device), (cos, sin))
+    for begin, end in pairwise(segments.start.tolist()):
+        alone = Segments.at(torch.tensor([0, end - begin]), device)
+        expected = segment_attention(qkv[begin:end], alone, (cos[begin:end], sin[begin:end]))
+        assert torch.equal(expected, out[begin:end])
+
+
 def test_a_segment_has_the_same_bits_in_any_company(monkeypatch: pytest.MonkeyPatch) -> None:
     add_in_order(monkeypatch)
-    sizes = [5, 64, 1, 0, 100, 33]
-    qkv, segments, cos_sin = _case(torch.Generator().manual_seed(1), sizes, 2, 80, 1.0, True)
-    qkv = qkv.half()
-    assert cos_sin is not None
-    out = segment_attention(qkv, segments, cos_sin)
-    for begin, end in zip(segments.start[:-1].tolist(), segments.start[1:].tolist(), strict=True):
-        alone = Segments.at(torch.tensor([0, end - begin]), torch.device("cpu"))
-        angles = cos_sin[0][begin:end], cos_sin[1][begin:end]
-        assert torch.equal(segment_attention(qkv[begin:end], alone, angles), out[begin:end])
+    _check_company(torch.device("cpu"), torch.float16)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_segment_has_the_same_bits_on_a_gpu(dtype: torch.dtype) -> None:
+    _check_company(torch.device("cuda"), dtype)
 
 
 @pytest.mark.gpu
