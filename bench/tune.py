@@ -24,7 +24,13 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
 from bench.gpu import COLD_BYTES, seconds  # noqa: E402
-from flexjudge_fast.kernels import attention_sizes, catalog_attention, catalog_linear, tiles  # noqa: E402
+from flexjudge_fast.kernels import (  # noqa: E402
+    attention_sizes,
+    catalog_attention,
+    catalog_linear,
+    catalog_small,
+    tiles,
+)
 from flexjudge_fast.kernels.catalog import Launch, ModelShape  # noqa: E402
 from flexjudge_fast.kernels.chips import ARCHS, capability  # noqa: E402
 
@@ -55,12 +61,10 @@ class Trial:
         while True:
             if self.job in matrices:
                 yield catalog_linear._product(self.shape, self.job, *matrices[self.job], self.tokens, device)
-            else:
-                yield next(
-                    x
-                    for x in catalog_attention.launches(self.shape, device)
-                    if x.case.startswith(self.job + ",")
-                )
+                continue
+            part = catalog_attention if self.job in catalog_attention.CASES else catalog_small
+            found = part.launches(self.shape, device)
+            yield next(launch for launch in found if f"{launch.case},".startswith(f"{self.job},"))
 
     def line(self, micros: float) -> str:
         shape = {"weights": self.shape.weights, "kv": str(self.shape.kv_dtype)[6:]}
@@ -118,6 +122,17 @@ def attention_trials() -> Iterator[Trial]:
             yield Trial(job, ModelShape(kv_dtype=CACHES[name]), 0, over)
 
 
+def segment_trials() -> Iterator[Trial]:
+    """Of the vision tower. What windows and frames have in common, BLOCK_N, is tried with both."""
+    shapes = [(64, 4, 128), (128, 8, 128), (128, 8, 255), (64, 4, 255)]
+    for block_n, depth in itertools.product((64, 128), (1, 2, 3)):
+        over = {"BLOCK_N": block_n, "num_stages": depth}
+        yield Trial("windows of 64", ModelShape(), 0, (("segment_attention", tuple(over.items())),))
+        for rows, warps, registers in shapes:
+            long = over | {"BLOCK_M": rows, "num_warps": warps, "maxnreg": registers}
+            yield Trial("frames of 1024", ModelShape(), 0, (("segment_attention", tuple(long.items())),))
+
+
 def compile_trial(trial: Trial, cache: str) -> str:
     """What is wrong with the trial, or nothing."""
     from flexjudge_fast.kernels.aot.offline_driver import compiling_for
@@ -154,12 +169,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", choices=(*PRODUCTS, "attention"), action="append")
+    parser.add_argument("--only", choices=(*PRODUCTS, "attention", "segments"), action="append")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "tune.jsonl")
     chosen = parser.parse_args()
-    only = chosen.only or (*PRODUCTS, "attention")
+    only = chosen.only or (*PRODUCTS, "attention", "segments")
     trials = list(product_trials([name for name in PRODUCTS if name in only]))
     trials += list(attention_trials()) if "attention" in only else []
+    trials += list(segment_trials()) if "segments" in only else []
     os.environ["ARCH"] = str(capability())
     cache = os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
