@@ -14,7 +14,7 @@ from bench.vision_models import write_tokenizer
 
 VOCAB, HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM = 152064, 3584, 18944, 28, 4, 128
 BATCHES, PROMPTS, STEPS = (1, 8, 64), (512, 2048), 128
-PAIRS, VOTES, THINK = 64, 4, 128
+PAIRS, VOTES, THINK = 32, 4, 128
 
 
 def random_model(folder: Path, layers: int) -> Path:
