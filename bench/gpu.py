@@ -102,7 +102,7 @@ def measure_kernels(card: Ceilings) -> Iterator[KernelRow]:
             if key in done or (launch.needs and launch.needs not in arch.features):
                 continue
             done.add(key)
-            bound = max(launch.moved_bytes / card.bandwidth, launch.flops / card.bf16_flops)
+            bound = max(launch.num_bytes / card.bandwidth, launch.flops / card.bf16_flops)
             others = [peers(launch, shape) for _ in range(COPIES)]
             times = {name: 1e6 * seconds([calls[name] for calls in others]) for name in others[0]}
             yield KernelRow(*key, 1e6 * seconds([each.run for each in same]), 1e6 * bound, times)

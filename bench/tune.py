@@ -29,6 +29,7 @@ from flexjudge_fast.kernels import (  # noqa: E402
     catalog_attention,
     catalog_linear,
     catalog_small,
+    runs,
     tiles,
 )
 from flexjudge_fast.kernels.catalog import Launch, ModelShape  # noqa: E402
@@ -77,12 +78,15 @@ def laid_over(trial: Trial) -> Iterator[None]:
     """The tile tables with the trial's sizes over them."""
     choose, over = tiles._choose, {name: dict(sizes) for name, sizes in trial.sizes}
     tiles._choose = lambda kernel, case, arch: {**choose(kernel, case, arch), **over.get(kernel, {})}
-    attention_sizes._sizes.cache_clear()
+    kept = (attention_sizes._sizes, runs._plan_runs)
+    for found in kept:
+        found.cache_clear()
     try:
         yield
     finally:
         tiles._choose = choose
-        attention_sizes._sizes.cache_clear()
+        for found in kept:
+            found.cache_clear()
 
 
 def product_trials(names: Sequence[str]) -> Iterator[Trial]:

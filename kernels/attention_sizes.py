@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import triton
 
 from flexjudge_fast.kernels.chips import capability
-from flexjudge_fast.kernels.tiles import tiles
+from flexjudge_fast.kernels.tiles import next_power_of_2, tiles
 
 KV_NAMES = {
     torch.float32: "float",
@@ -57,12 +56,12 @@ def _sizes(
     arch: int,
 ) -> Sizes:
     """`attention_sizes` on the architecture `arch`, which is the current one."""
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_d = max(16, next_power_of_2(head_dim))
     wide = dtype == torch.float32
     case = f"d{block_d}_{'float32' if wide else 8 * kv_dtype.itemsize}"
     parts = [dict(tiles(f"attention_{part}", case)) for part in ("prefill", "decode", "shared")]
     for part in parts:  # a tile holds at least a token's heads
-        least = triton.next_power_of_2(heads // kv_heads)
+        least = next_power_of_2(heads // kv_heads)
         if part["BLOCK_M"] < least:
             part["num_warps"] = max(part["num_warps"], min(8, least // 16))
             part["BLOCK_M"] = least

@@ -1,6 +1,8 @@
 """What kernels and reports must know about each GPU architecture: limits of a block, and datasheet speeds."""
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import triton
 
@@ -64,4 +66,11 @@ def capability() -> int:
     """Of the device that Triton launches on: 90 for sm_90; `INTERPRETER` under TRITON_INTERPRET=1."""
     if triton.knobs.runtime.interpret:
         return INTERPRETER
-    return int(triton.runtime.driver.active.get_current_target().arch)
+    driver = triton.runtime.driver.active
+    return _capability(driver, driver.get_current_device())
+
+
+@functools.cache
+def _capability(driver: Any, device: int) -> int:
+    """Of the driver's current device, which is number `device`."""
+    return int(driver.get_current_target().arch)

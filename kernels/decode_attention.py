@@ -20,7 +20,7 @@ from flexjudge_fast.kernels.attention_chunk import (
     store_rows,
 )
 from flexjudge_fast.kernels.attention_sizes import Sizes
-from flexjudge_fast.kernels.tiles import tiles
+from flexjudge_fast.kernels.tiles import cdiv, tiles
 from flexjudge_fast.ops.attention_plan import AttentionPlan
 
 
@@ -142,7 +142,7 @@ def decode_attention(
             **sizes.common, **constants,
         )  # fmt: skip
     merging = tiles("attention_merge")
-    _merge_chunks_kernel[(len(plan.merges), triton.cdiv(heads, merging["BLOCK_H"]))](
+    _merge_chunks_kernel[(len(plan.merges), cdiv(heads, merging["BLOCK_H"]))](
         stats, acc, plan.merges, out,
         HEADS=heads, HEAD_DIM=head_dim, BLOCK_D=sizes.common["BLOCK_D"], **merging,
     )  # fmt: skip

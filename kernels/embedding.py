@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flexjudge_fast.kernels.tiles import tiles
+from flexjudge_fast.kernels.tiles import cdiv, tiles
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def embedding(ids: torch.Tensor, table: torch.Tensor, media: torch.Tensor | None
     out = table.new_empty(num_tokens, hidden)
     sizes = tiles("embedding")
     if num_tokens:
-        _embedding_kernel[(num_tokens, triton.cdiv(hidden, sizes["BLOCK"]))](
+        _embedding_kernel[(num_tokens, cdiv(hidden, sizes["BLOCK"]))](
             ids,
             table,
             table if media is None else media.contiguous(),

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from flexjudge_fast.kernels.codes import as_bytes, magnitude, scale_and_factor, to_codes
-from flexjudge_fast.kernels.tiles import tiles
+from flexjudge_fast.kernels.tiles import next_power_of_2, tiles
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def _launch(
         ADDS=residual is not None,
         QUANTIZES=scales is not None,
         IS_INT=out.dtype == torch.int8,
-        BLOCK=triton.next_power_of_2(hidden),
+        BLOCK=next_power_of_2(hidden),
         enable_fp_fusion=False,  # the same codes as of a norm that is quantised afterwards
         **tiles("rms_norm", "wide" if hidden > 4096 else ""),
     )

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from flexjudge_fast.kernels.codes import magnitude, scale_and_factor, to_codes
-from flexjudge_fast.kernels.tiles import tiles
+from flexjudge_fast.kernels.tiles import cdiv, next_power_of_2, tiles
 from flexjudge_fast.ops.rotary_kv import RotaryAngles
 
 SCALE_BYTES = 4
@@ -161,7 +161,7 @@ def rotary_kv(
     sections = angles.sections or (half, 0, 0)
     sizes = tiles("rotary_kv")
     block_h = sizes["BLOCK_H"]
-    _rotary_kv_kernel[(num_tokens, triton.cdiv(num_heads, block_h) + 2 * triton.cdiv(num_kv_heads, block_h))](
+    _rotary_kv_kernel[(num_tokens, cdiv(num_heads, block_h) + 2 * cdiv(num_kv_heads, block_h))](
         qkv.contiguous(),
         angles.cos,
         angles.sin,
@@ -179,7 +179,7 @@ def rotary_kv(
         SECOND=sections[0] + sections[1],
         BLOCK_SIZE=block_size,
         KIND=kind,
-        BLOCK_D=triton.next_power_of_2(half),
+        BLOCK_D=next_power_of_2(half),
         enable_fp_fusion=False,
         **sizes,
     )

@@ -6,6 +6,7 @@ changes nothing in the bits: few tokens run them side by side into a float32 wor
 adds up, many tokens run them one after the other in one program.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from flexjudge_fast.kernels.tiles import tiles
+from flexjudge_fast.kernels.chips import capability
+from flexjudge_fast.kernels.tiles import cdiv, tiles
 
 LADDER = (16, 32, 64, 128, 256)  # tokens for which the tables have tile sizes; the last also for more
 _CUT = ("BLOCK_K", "TARGET_PROGRAMS", "MIN_STEPS", "MAX_RUNS", "WORKSPACE_PERMILLE")
@@ -42,8 +44,8 @@ class Plan:
 
     def grid(self, rows: int, num_tokens: int) -> tuple[int, int]:
         """Programs: tiles of the output, and the runs that have programs of their own."""
-        across = triton.cdiv(rows, self.constants["BLOCK_N"])
-        down = triton.cdiv(num_tokens, self.constants["BLOCK_T"])
+        across = cdiv(rows, self.constants["BLOCK_N"])
+        down = cdiv(num_tokens, self.constants["BLOCK_T"])
         return across * down, self.num_runs if self.parallel else 1
 
 
@@ -55,17 +57,23 @@ def plan_runs(kernel: str, rows: int, columns: int, weight_bytes: float, num_tok
     may move (it is written once and read once) before the runs share a program. Then a tile has two
     accumulators, and the table's case is `t64_runs` in place of `t64`.
     """
+    return _plan_runs(kernel, rows, columns, weight_bytes, num_tokens, capability())
+
+
+@functools.lru_cache(maxsize=4096)  # a step launches the same few products in every layer
+def _plan_runs(kernel: str, rows: int, columns: int, weight_bytes: float, num_tokens: int, arch: int) -> Plan:
+    """`plan_runs` on the architecture `arch`, which is the current one."""
     cut = tiles(kernel)
-    total = triton.cdiv(columns, cut["BLOCK_K"])
+    total = cdiv(columns, cut["BLOCK_K"])
     wanted = 1
     while (
         wanted < cut["MAX_RUNS"]
-        and triton.cdiv(rows, 64) * wanted < cut["TARGET_PROGRAMS"]
+        and cdiv(rows, 64) * wanted < cut["TARGET_PROGRAMS"]
         and total // (2 * wanted) >= cut["MIN_STEPS"]
     ):
         wanted *= 2
-    steps = triton.cdiv(total, wanted)
-    num_runs = triton.cdiv(total, steps)
+    steps = cdiv(total, wanted)
+    num_runs = cdiv(total, steps)
     traffic = workspace_bytes(num_runs, num_tokens, rows)
     parallel = num_runs > 1 and 1000 * traffic <= cut["WORKSPACE_PERMILLE"] * weight_bytes
     size = next((size for size in LADDER if num_tokens <= size), LADDER[-1])
@@ -149,7 +157,7 @@ def sum_runs(
     num_runs, num_tokens, rows = runs.shape
     table = tiles("sum_runs")
     row_scales, token_scales = scales or (runs, runs)
-    _sum_runs_kernel[(triton.cdiv(rows, table["BLOCK"]), num_tokens)](
+    _sum_runs_kernel[(cdiv(rows, table["BLOCK"]), num_tokens)](
         runs,
         row_scales,
         token_scales,

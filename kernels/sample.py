@@ -31,7 +31,7 @@ from flexjudge_fast.kernels.sample_search import (
     search_likeliest_first,
     weights_of,
 )
-from flexjudge_fast.kernels.tiles import tiles
+from flexjudge_fast.kernels.tiles import cdiv, next_power_of_2, tiles
 
 
 @triton.jit
@@ -302,17 +302,17 @@ def sample(
     out = torch.empty(num_draws, dtype=torch.int64, device=logits.device)
     if not num_draws:
         return out
-    num_groups = triton.cdiv(vocab, 32)
+    num_groups = cdiv(vocab, 32)
     summary, draw = tiles("sample", "summary"), tiles("sample", "draw")
     # Of each group the largest logit, sum, and place in a list; of each candidate id, rank, logit, sum.
     size = 3 * num_groups + 4 * draw["RANKED"]
     work = torch.empty(num_draws, size, dtype=torch.float32, device=logits.device)
     sizes = {"VOCAB": vocab, "WORDS": masks.shape[1], "WORK": size}
-    _summarize_kernel[(num_draws, triton.cdiv(num_groups, summary["TILE"]))](
+    _summarize_kernel[(num_draws, cdiv(num_groups, summary["TILE"]))](
         logits, integers, floats, masks, work, **sizes, **summary
     )
     _draw_kernel[(num_draws,)](
         logits, integers, floats, masks, work, work.view(torch.int32), out,
-        GROUPS=triton.next_power_of_2(num_groups), **sizes, **draw,
+        GROUPS=next_power_of_2(num_groups), **sizes, **draw,
     )  # fmt: skip
     return out

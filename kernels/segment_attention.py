@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flexjudge_fast.kernels.tiles import tiles
+from flexjudge_fast.kernels.tiles import cdiv, next_power_of_2, tiles
 from flexjudge_fast.ops.segment_attention import Segments
 
 LOG2_E = 1.4426950408889634
@@ -212,7 +212,7 @@ def segment_attention(
     qk = qkv = qkv.contiguous()
     case = _case(qkv.dtype, segments.longest)
     sizes = tiles("segment_attention", case)
-    tiles_each = triton.cdiv(segments.longest, sizes["BLOCK_M"])
+    tiles_each = cdiv(segments.longest, sizes["BLOCK_M"])
     cos, sin = (qkv, qkv) if cos_sin is None else (part.contiguous() for part in cos_sin)
     if cos_sin is not None and case != "short":
         qk = _turn(qkv, cos, sin)
@@ -245,7 +245,7 @@ def _turn(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     out = qkv.new_empty(num_tokens, 2, num_heads, head_dim)
     sizes = tiles("segment_turn")
     num_rows = num_tokens * 2 * num_heads
-    _turn_kernel[(triton.cdiv(num_rows, sizes["ROWS"]),)](
+    _turn_kernel[(cdiv(num_rows, sizes["ROWS"]),)](
         qkv,
         cos,
         sin,
@@ -253,7 +253,7 @@ def _turn(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
         num_rows,
         HEADS=num_heads,
         SIZE=head_dim,
-        BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_D=next_power_of_2(head_dim),
         enable_fp_fusion=False,
         **sizes,
     )
@@ -269,5 +269,5 @@ def _case(dtype: torch.dtype, longest: int) -> str:
 
 def _cut(size: int) -> tuple[int, int]:
     """Powers of two, 16 at least, that hold `size` together; 0 where one does."""
-    first = max(triton.next_power_of_2(size + 1) // 2, 16)
-    return first, max(triton.next_power_of_2(size - first), 16) if size > first else 0
+    first = max(next_power_of_2(size + 1) // 2, 16)
+    return first, max(next_power_of_2(size - first), 16) if size > first else 0

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from flexjudge_fast.kernels.codes import as_bytes, magnitude, scale_and_factor, to_codes
-from flexjudge_fast.kernels.tiles import tiles
+from flexjudge_fast.kernels.tiles import cdiv, tiles
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     out = gate_up.new_empty(num_tokens, size)
     sizes = tiles("swiglu")
     if num_tokens:
-        _swiglu_kernel[(num_tokens, triton.cdiv(size, sizes["BLOCK"]))](
+        _swiglu_kernel[(num_tokens, cdiv(size, sizes["BLOCK"]))](
             gate_up.contiguous(), out, SIZE=size, enable_fp_fusion=False, **sizes
         )
     return out

@@ -22,6 +22,16 @@ def tiles(kernel: str, case: str = "") -> dict[str, int]:
     return dict(_choose(kernel, case, capability()))
 
 
+def cdiv(a: int, b: int) -> int:
+    """`a` over `b`, rounded up. Triton's own does the same for its compiler and takes 10 us."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least that is not below `n`, which is positive."""
+    return 1 << (n - 1).bit_length()
+
+
 @functools.cache
 def _choose(kernel: str, case: str, arch: int) -> Mapping[str, int]:
     table = _tables()[kernel]

@@ -7,8 +7,26 @@ from collections.abc import Mapping
 import pytest
 import torch
 import triton
+import triton.language as tl
 
 SWEEP = int(os.environ.get("FLEXJUDGE_SWEEP", "1"))  # times as many cases
+
+
+def patch_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spares most of the interpreter's time: at each call of a function in a kernel it patches the language
+    again. Once is enough: the kernel's own is patched at its launch, that of Triton's functions stays so."""
+    if not triton.knobs.runtime.interpret:
+        return
+    from triton.runtime.interpreter import InterpretedFunction
+
+    patch_and_call = InterpretedFunction.__call__
+
+    def call(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        if tl.core.is_builtin(tl.core.load):  # not patched
+            return patch_and_call(self, *args, **kwargs)
+        return self.rewrite()(*args, **kwargs)
+
+    monkeypatch.setattr(InterpretedFunction, "__call__", call)
 
 
 def add_in_order(monkeypatch: pytest.MonkeyPatch) -> None:

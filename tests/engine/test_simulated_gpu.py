@@ -18,6 +18,7 @@ from flexjudge_fast.engine.input_buffers import InputBuffers
 from flexjudge_fast.engine.scheduler import Scheduler
 from flexjudge_fast.engine.setup import load_parts
 from tests.engine.fake_device import FakeDevice
+from tests.interpreted import patch_once
 from tests.models import write_checkpoint
 
 BLOCK = 16
@@ -34,6 +35,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def backend(monkeypatch):
+    patch_once(monkeypatch)
     return lambda name: monkeypatch.setenv("FLEXJUDGE_BACKEND", name)
 
 
@@ -123,12 +125,13 @@ def test_four_bit_weights(folder, backend, quantization):
 
 def test_a_judgement(folder, backend):
     """Forced tokens, a score's distribution and its probes."""
-    item = Judgement("score", "Q", ["A"], max_think_tokens=2, max_tokens=60, temperature=0.0)
+    params = {"max_think_tokens": 2, "max_tokens": 60, "temperature": 0.0}
+    item = Judgement("score", "Q", ["A"], system="Judge.", **params)
     backend("reference")
-    with Engine.from_pretrained(folder, kv_cache_memory=1 << 24, max_model_len=1024) as engine:
+    with Engine.from_pretrained(folder, kv_cache_memory=1 << 24, max_model_len=512) as engine:
         wanted = next(iter(Judge(engine).run([item])))
     backend("triton")
-    with load(folder, num_blocks=200, max_len=1024, max_batched_tokens=1024) as engine:
+    with load(folder, num_blocks=100, max_len=512, max_batched_tokens=512) as engine:
         found = next(iter(Judge(engine).run([item])))
     assert found.scores == wanted.scores
     assert found.expected_scores == pytest.approx(wanted.expected_scores, rel=1e-4)

@@ -70,10 +70,11 @@ def test_a_token_has_the_same_bits_in_any_batch(in_order: None, columns: int) ->
 
 
 def test_runs_share_a_program_or_not_by_tokens_but_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flexjudge_fast.kernels.tiles.capability", lambda: 90)
-    plans = [plan_runs("linear", 3584, 3584, 2 * 3584 * 3584, tokens) for tokens in (1, 16, 64, 512)]
-    assert {(plan.num_runs, plan.steps, plan.constants["BLOCK_K"]) for plan in plans} == {(4, 14, 64)}
-    assert [plan.parallel for plan in plans] == [True, False, False, False]
+    for module in ("tiles", "runs"):
+        monkeypatch.setattr(f"flexjudge_fast.kernels.{module}.capability", lambda: 90)
+    plans = [plan_runs("linear", 3584, 18944, 2 * 3584 * 18944, tokens) for tokens in (1, 16, 64, 512)]
+    assert {(plan.num_runs, plan.steps, plan.constants["BLOCK_K"]) for plan in plans} == {(4, 74, 64)}
+    assert [plan.parallel for plan in plans] == [True, True, True, False]
 
 
 def test_the_sum_starts_at_the_first_run(in_order: None) -> None:
