@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -180,9 +180,10 @@ class GpuRunner(ModelRunner):
             here.token_ids[places] = known[sources]  # each chunk is one token
 
         out = None if rung is None else self._logits[: rung.num_seqs]
+        decoder = cast(Decoder, self.model)  # PackedModel is for the CPU
 
         def run() -> tuple[torch.Tensor, torch.Tensor]:
-            return self.model.step(here.token_ids, here.attention, self.cache, here.logit_rows, out)
+            return decoder.step(here.token_ids, here.attention, self.cache, here.logit_rows, out)
 
         if rung is None:
             return run()
