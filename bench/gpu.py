@@ -68,7 +68,7 @@ def seconds(calls: Sequence[Callable[[], object]]) -> float:
             call()
     graph.replay()
     found = []
-    for _ in range(7):
+    for _ in range(15):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()

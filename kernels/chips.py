@@ -22,7 +22,8 @@ class Arch:
 
 
 # Of a warp, of a group of four, and of Blackwell's tensor memory; the letter is the operands' type.
-_WARP, _WARP_GROUP, _TENSOR_MEMORY = r"[HIQO]MMA", r"[HIQ]GMMA", r"UTC\w*MMA"
+# Of integers there is none for tensor memory in what Triton makes: they stay with the warp's.
+_WARP, _WARP_GROUP, _TENSOR_MEMORY = r"[HIQO]MMA", r"[HIQ]GMMA", r"UTC\w*MMA|IMMA"
 ARCHS = (
     Arch("sm_80", 80, 166912, 167936, 2048, _WARP),
     Arch("sm_86", 86, 101376, 102400, 1536, _WARP),

@@ -1,7 +1,7 @@
 """What the GPU's runner needs of a device: to queue work, to know when it is done, and to record graphs."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -54,6 +54,11 @@ class Device(Protocol):
         ...
 
 
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Inside it, `device` is what Triton asks for its abilities and launches on, if it is a GPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 class CudaDevice:
     """A GPU through torch: work is queued on the current stream as it is submitted."""
 
@@ -62,7 +67,7 @@ class CudaDevice:
         self._pool = torch.cuda.graph_pool_handle()
 
     def active(self) -> AbstractContextManager[object]:
-        return torch.cuda.device(self.torch_device)
+        return on_device(self.torch_device)
 
     def submit(self, work: Callable[[], None]) -> None:
         work()

@@ -9,6 +9,8 @@ from flexjudge_fast.engine.graph_ladder import GraphLadder
 from flexjudge_fast.errors import InvalidArgumentError
 
 _GRAPH_BYTES = 2 << 20  # some 400 launches
+_TILINGS = 2  # of attention, with and without blocks in common: a graph each
+_LOGIT_BYTES = 4 + 2 + 4 + 3  # float32, the product's, magnitudes, and three booleans
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,10 @@ class GpuMemory:
 
 
 def graph_bytes(ladder: GraphLadder, vocab_size: int) -> int:
-    """What recorded decode steps keep: one tensor of logits and one pool of memory for the largest, which is
-    mostly logits again, and each the description of its launches."""
+    """What recorded decode steps keep: one tensor of logits; one pool of memory for the largest step, mostly
+    logits in 16 bits and what tells whether they are finite; and each the description of its launches."""
     rungs = len(ladder.num_seqs) * len(ladder.table_widths)
-    return 2 * 4 * ladder.num_seqs[-1] * vocab_size + rungs * _GRAPH_BYTES
+    return _LOGIT_BYTES * ladder.num_seqs[-1] * vocab_size + _TILINGS * rungs * _GRAPH_BYTES
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:

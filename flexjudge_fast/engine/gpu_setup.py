@@ -136,5 +136,4 @@ def _encoder_peak(parts: GpuParts) -> int:
     tower = parts.encoder.vision.tower
     side = isqrt(parts.config.max_encoder_patches) // 2 * 2
     patches = torch.zeros(side * side, tower.config.patch_elements)
-    with torch.cuda.device(parts.device):
-        return peak_bytes(lambda: tower.encode(patches, [(1, side, side)]), parts.device)
+    return peak_bytes(lambda: tower.encode(patches, [(1, side, side)]), parts.device)

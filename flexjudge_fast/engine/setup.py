@@ -13,6 +13,7 @@ from flexjudge_fast.engine.config import (
     pick_device,
     pick_dtype,
 )
+from flexjudge_fast.engine.device import on_device
 from flexjudge_fast.engine.encoder_runner import EncoderRunner
 from flexjudge_fast.engine.gpu_setup import make_gpu_runner
 from flexjudge_fast.engine.input_buffers import InputBuffers
@@ -68,55 +69,58 @@ def load_parts(
 ) -> EngineParts:
     """Load a checkpoint and size everything around it."""
     where = pick_device(device)
-    scheme = _quantization(quantization, where)
-    checkpoint = open_model(model, judge_backbone, base_llm, ignore_config)
-    run = model_config(checkpoint.config)
-    stored = [part.get(name) for part in (checkpoint.config, run) for name in ("dtype", "torch_dtype")]
-    picked = pick_dtype(dtype, next(filter(None, stored), None))
-    decoder = read_decoder_config(run, ignore_config)
-    num_threads = config.num_threads or torch.get_num_threads()
-    limit = decoder.max_positions
-    max_len = config.max_model_len or limit
-    if max_len > limit:
-        raise InvalidArgumentError(f"max_model_len={config.max_model_len}: the checkpoint's limit is {limit}")
-    tokenizer = Tokenizer(checkpoint.tokenizer_json(), checkpoint.tokenizer_config)
-    network = load_model(
-        checkpoint,
-        decoder,
-        picked,
-        where,
-        max_len,
-        expand=quantization == "dequantize",
-        quantization=scheme,
-        activation_bytes=2 if config.activations == "int16" else 1,
-        num_threads=num_threads,
-    )
-    media = load_media(checkpoint, run, decoder, picked, where, config, ignore_config)
-    checkpoint.start_hashing()
-    kv_dtype = KV_CACHE_DTYPES.get(config.kv_cache_dtype, picked)
-    encoder = None if media is None else media.encoder
-    runner, num_blocks = _runner(network, kv_dtype, config, max_len, where, encoder)
-    limits = SchedulerLimits(
-        config.block_size, config.max_batched_tokens, config.max_num_seqs, config.prefix_caching
-    )
-    return EngineParts(
-        checkpoint=checkpoint,
-        tokenizer=tokenizer,
-        prompts=PromptEncoder(
-            tokenizer,
-            _chat_template(checkpoint, tokenizer),
-            decoder.vocab_size,
+    with on_device(where):  # kernels ask the current device what it can do
+        scheme = _quantization(quantization, where)
+        checkpoint = open_model(model, judge_backbone, base_llm, ignore_config)
+        run = model_config(checkpoint.config)
+        stored = [part.get(name) for part in (checkpoint.config, run) for name in ("dtype", "torch_dtype")]
+        picked = pick_dtype(dtype, next(filter(None, stored), None))
+        decoder = read_decoder_config(run, ignore_config)
+        num_threads = config.num_threads or torch.get_num_threads()
+        limit = decoder.max_positions
+        max_len = config.max_model_len or limit
+        if max_len > limit:
+            raise InvalidArgumentError(
+                f"max_model_len={config.max_model_len}: the checkpoint's limit is {limit}"
+            )
+        tokenizer = Tokenizer(checkpoint.tokenizer_json(), checkpoint.tokenizer_config)
+        network = load_model(
+            checkpoint,
+            decoder,
+            picked,
+            where,
             max_len,
-            None if media is None else media.input,
-            None if media is None else media.reader,
-        ),
-        eos_ids=_eos_ids(checkpoint, tokenizer),
-        masked_ids=checkpoint.masked_token_ids if isinstance(checkpoint, MolLlamaCheckpoint) else (),
-        max_model_len=max_len,
-        arithmetic=f"{isa(where)}, activations {config.activations}, kv cache {_name(kv_dtype)}",
-        scheduler=Scheduler(limits, num_blocks),
-        runner=runner,
-    )
+            expand=quantization == "dequantize",
+            quantization=scheme,
+            activation_bytes=2 if config.activations == "int16" else 1,
+            num_threads=num_threads,
+        )
+        media = load_media(checkpoint, run, decoder, picked, where, config, ignore_config)
+        checkpoint.start_hashing()
+        kv_dtype = KV_CACHE_DTYPES.get(config.kv_cache_dtype, picked)
+        encoder = None if media is None else media.encoder
+        runner, num_blocks = _runner(network, kv_dtype, config, max_len, where, encoder)
+        limits = SchedulerLimits(
+            config.block_size, config.max_batched_tokens, config.max_num_seqs, config.prefix_caching
+        )
+        return EngineParts(
+            checkpoint=checkpoint,
+            tokenizer=tokenizer,
+            prompts=PromptEncoder(
+                tokenizer,
+                _chat_template(checkpoint, tokenizer),
+                decoder.vocab_size,
+                max_len,
+                None if media is None else media.input,
+                None if media is None else media.reader,
+            ),
+            eos_ids=_eos_ids(checkpoint, tokenizer),
+            masked_ids=checkpoint.masked_token_ids if isinstance(checkpoint, MolLlamaCheckpoint) else (),
+            max_model_len=max_len,
+            arithmetic=f"{isa(where)}, activations {config.activations}, kv cache {_name(kv_dtype)}",
+            scheduler=Scheduler(limits, num_blocks),
+            runner=runner,
+        )
 
 
 def _runner(

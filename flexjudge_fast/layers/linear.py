@@ -1,12 +1,19 @@
 """A linear layer that knows the format of its weight."""
 
+import warnings
 from collections.abc import Sequence
 
 import torch
 
 from flexjudge_fast.ops.backend import uses_triton
 from flexjudge_fast.ops.linear import linear, quantized_linear
-from flexjudge_fast.ops.linear_w4a16 import W4_FORMATS, W4Matrix, linear_w4a16, repack_w4_blocks
+from flexjudge_fast.ops.linear_w4a16 import (
+    W4_FORMATS,
+    InexactScalesError,
+    W4Matrix,
+    linear_w4a16,
+    repack_w4_blocks,
+)
 from flexjudge_fast.ops.linear_w8a8 import W8Matrix, linear_w8a8, quantize_tokens, repack_w8
 from flexjudge_fast.weights.tensor import DenseTensor, QuantTensor, StoredWeight, Weight
 
@@ -72,8 +79,8 @@ def _repack(weight: StoredWeight, eight_bits: torch.dtype | None) -> Matrix:
     if weight.format.name in W4_FORMATS and uses_triton(weight.blocks):
         try:
             return repack_w4_blocks(weight.blocks, weight.format.name)
-        except ValueError:  # scales that no float of 16 bits holds: expanded whenever it is used
-            return weight
+        except InexactScalesError as error:
+            warnings.warn(f"a 4-bit weight is expanded at each use, slowly: {error}", stacklevel=2)
     return weight
 
 

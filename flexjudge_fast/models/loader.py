@@ -50,7 +50,7 @@ class TensorLoader:
             CheckpointError: the tensor is missing, has another shape, or holds NaN or infinity.
         """
         weight = self._read(name, shape)
-        return without_activations(weight, self.dtype) if isinstance(weight, W8Matrix) else weight
+        return self._plain(name, weight) if isinstance(weight, W8Matrix) else weight
 
     def _read(self, name: str, shape: tuple[int, ...]) -> StoredWeight:
         """The same, of whatever kind the checkpoint has it."""
@@ -68,11 +68,20 @@ class TensorLoader:
             raise CheckpointError(f"{self.checkpoint.path}: tensor {name} holds NaN or infinite values")
         return weight.to(self.device)
 
-    def _fitting(self, weight: StoredWeight) -> StoredWeight:
+    def _fitting(self, name: str, weight: StoredWeight) -> StoredWeight:
         """With 8-bit activations only where the device multiplies them."""
         if isinstance(weight, W8Matrix) and not has_w8a8(self.device, weight.codes.dtype):
-            return without_activations(weight, self.dtype)
+            return self._plain(name, weight)
         return weight
+
+    def _plain(self, name: str, weight: W8Matrix) -> Weight:
+        """Without 8-bit activations. CheckpointError: the loader's dtype does not hold the weights."""
+        plain = without_activations(weight, self.dtype)
+        if not plain.is_finite():
+            raise CheckpointError(
+                f"{self.checkpoint.path}: tensor {name} has values that {self.dtype} does not hold"
+            )
+        return plain
 
     def vector(self, name: str, size: int) -> torch.Tensor:
         """A norm weight or bias, [size], in the loader's dtype."""
@@ -82,7 +91,7 @@ class TensorLoader:
         """One layer out of `names[i] + ".weight"` [sizes[i], in_features], side by side, and their biases."""
         pairs = list(zip(names, sizes, strict=True))
         stored = [self._read(name + ".weight", (size, in_features)) for name, size in pairs]
-        weights = [self._fitting(weight) for weight in stored]
+        weights = [self._fitting(n + ".weight", w) for n, w in zip(names, stored, strict=True)]
         biases = torch.cat([self.vector(name + ".bias", size) for name, size in pairs]) if bias else None
         eight_bits = None
         if isinstance(self.quantization, ActivationQuantization):

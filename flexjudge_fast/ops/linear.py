@@ -36,6 +36,9 @@ def linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
 def quantized_linear(x: torch.Tensor, blocks: torch.Tensor, format_name: str) -> torch.Tensor:
     """`x @ dequantize(blocks).T`, a few rows of the weight at a time.
 
+    On a GPU by the kernel of dense weights, so that a token's bits are the same in any batch; expanding the
+    weight at each use makes it slow there.
+
     Args:
         x: [num_tokens, in_features], any float dtype.
         blocks: uint8 [out_features, bytes_per_row].
@@ -47,5 +50,5 @@ def quantized_linear(x: torch.Tensor, blocks: torch.Tensor, format_name: str) ->
     out = x.new_empty(x.shape[0], blocks.shape[0])
     for start in range(0, blocks.shape[0], rows):
         chunk = dequantize(blocks[start : start + rows], format_name).to(x.dtype)
-        out[:, start : start + rows] = F.linear(x, chunk)
+        out[:, start : start + rows] = linear(x, chunk)
     return out

@@ -24,6 +24,10 @@ _STEP = 128  # columns whose codes are laid out together: see kernels/linear_w4a
 _ROWS = 128  # rows are padded to a multiple, the largest tile's
 
 
+class InexactScalesError(ValueError):
+    """Scales of groups that no float of 16 bits holds."""
+
+
 @dataclass(frozen=True, eq=False)
 class W4Matrix:
     """A matrix [out_features, in_features] as the kernel reads it.
@@ -108,7 +112,8 @@ def repack_w4(codes: torch.Tensor, scales: torch.Tensor, seconds: torch.Tensor, 
         seconds: same shape, zero points (whole numbers of any dtype) or, with `has_offset`, offsets.
 
     Raises:
-        ValueError: another group size, or numbers that neither float16 nor bfloat16 holds exactly.
+        ValueError: another group size.
+        InexactScalesError: numbers that neither float16 nor bfloat16 holds exactly.
     """
     rows, columns = codes.shape
     group = columns // scales.shape[1] if scales.shape[1] else 0
@@ -182,4 +187,4 @@ def _exact_dtype(scales: torch.Tensor, seconds: torch.Tensor) -> torch.dtype:
     for dtype in order:
         if all(torch.equal(part, part.to(dtype).double().nan_to_num()) for part in numbers):
             return dtype
-    raise ValueError("repack_w4: neither float16 nor bfloat16 holds these scales exactly")
+    raise InexactScalesError("repack_w4: neither float16 nor bfloat16 holds these scales exactly")

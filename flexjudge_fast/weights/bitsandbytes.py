@@ -16,6 +16,7 @@ from flexjudge_fast.weights.layout import Fields, Layout, Module
 from flexjudge_fast.weights.tensor import DenseTensor
 
 _STATES = {"nf4": "weight.quant_state.bitsandbytes__nf4", "fp4": "weight.quant_state.bitsandbytes__fp4"}
+_FLOAT32_MAX = 3.4028234663852886e38
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _DTYPES = ("float16", "bfloat16", "float32")
 _MOST_STATE_BYTES = 4096
@@ -98,8 +99,8 @@ def _four_bits(module: Module) -> DenseTensor:
         nested_size = int(state.one_of("nested_blocksize", (256, *_BLOCK_SIZES)))
         state.one_of("nested_dtype", ("float32",))
         offset = state.take("nested_offset")
-        if type(offset) not in (int, float):
-            raise state.error("nested_offset", offset, "a number is expected")
+        if type(offset) not in (int, float) or not abs(offset) <= _FLOAT32_MAX:
+            raise state.error("nested_offset", offset, "a number of float32 is expected")
         module.take("weight.nested_absmax", (torch.float32,), (-(-num_blocks // nested_size),))
         module.take("weight.nested_quant_map", (torch.float32,), (256,))
     state.finish(())

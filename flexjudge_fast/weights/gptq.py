@@ -14,7 +14,7 @@ from flexjudge_fast.weights.layout import (
 )
 from flexjudge_fast.weights.tensor import QuantTensor
 
-# About how codes were found, not what they mean; act-order shows in g_idx, which is checked.
+# About how codes were found, not what they mean.
 _HARMLESS = frozenset(
     [
         "quant_method",
@@ -71,7 +71,7 @@ class Gptq(Layout):
         name = fields.one_of("checkpoint_format", formats, "gptq")
         fields.one_of("format", (name,), name)  # the same under another name
         self.zero_is_less_one = name == "gptq"
-        fields.one_of("desc_act", (False, True), False)  # whether columns are out of order, g_idx says
+        self.says_order = bool(fields.one_of("desc_act", (False, True), False))
         fields.one_of("pack_dtype", ("int32",), "int32")
         dynamic = fields.take("dynamic", {})
         if not isinstance(dynamic, dict) or any(not key.startswith("-:") for key in dynamic):
@@ -86,6 +86,8 @@ class Gptq(Layout):
         if rows % per_word:
             raise module.error("qweight", f"has {rows} output features, no whole number of words")
         groups = num_groups(module, "qweight", columns, self.group_size)
+        if self.says_order and self.group_size != -1 and "g_idx" not in module.parts:
+            raise module.error("g_idx", "is missing, and desc_act is true: columns may be in any order")
         check_groups(module, "g_idx", columns, self.group_size)
         zero_words = module.take("qzeros", (torch.int32,), (groups, rows // per_word))
         zeros = unpack_words(zero_words, self.bits)  # [groups, rows]

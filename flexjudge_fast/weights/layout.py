@@ -68,7 +68,8 @@ class Fields:
     def finish(self, harmless: Collection[str]) -> None:
         """Refuse what was not taken, is not among `harmless`, and says something."""
         for name, value in self._left.items():
-            if name not in harmless and value not in (None, False, [], {}):
+            says_nothing = value is None or value is False or value in ([], {})
+            if name not in harmless and not says_nothing:
                 raise self.error(name, value, "the field is unknown")
 
     def error(self, name: str, value: Any, reason: str) -> UnsupportedCheckpointError:

@@ -13,11 +13,15 @@ from flexjudge_fast.models.config import DecoderConfig
 
 
 class FakeDevice:
-    """Runs nothing before an event behind it is waited for: who reads or overwrites too early is found."""
+    """Runs nothing before an event behind it is waited for: who reads or overwrites too early is found.
+
+    eager: runs everything at once instead: who reads what the next step overwrites is found.
+    """
 
     torch_device = torch.device("cpu")
 
-    def __init__(self) -> None:
+    def __init__(self, eager: bool = False) -> None:
+        self._eager = eager
         self._queue: list[Callable[[], None]] = []
         self._done = 0
 
@@ -26,6 +30,8 @@ class FakeDevice:
 
     def submit(self, work: Callable[[], None]) -> None:
         self._queue.append(work)
+        if self._eager:
+            self.run_to(len(self._queue))
 
     def record(self) -> Event:
         return _FakeEvent(self, len(self._queue))

@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
     return path
 
 
-def make_engine(folder, ahead, num_blocks=200, bad_share=0.0, max_len=256, **limits):
+def make_engine(folder, ahead, num_blocks=200, bad_share=0.0, max_len=256, eager=False, **limits):
     """An engine over `HashModel`, with plain steps or one step ahead of a device."""
     config = EngineConfig(
         kv_cache_memory=1 << 22, max_model_len=max_len, block_size=BLOCK, max_num_seqs=6, **limits
@@ -43,7 +43,7 @@ def make_engine(folder, ahead, num_blocks=200, bad_share=0.0, max_len=256, **lim
     if ahead:
         rows, ladder = config.max_batched_tokens, GraphLadder(6, width)
         runner = GpuRunner(
-            model, *common, lambda: InputBuffers(*sizes), rows, FakeDevice(), NoPlanner(), ladder=ladder
+            model, *common, lambda: InputBuffers(*sizes), rows, FakeDevice(eager), NoPlanner(), ladder=ladder
         )
     else:
         runner = ModelRunner(model, *common, InputBuffers(*sizes), torch.device("cpu"))
@@ -85,6 +85,7 @@ def test_the_same_as_plain_steps(folder, seed):
         "bad_share": float(rng.choice([0.0, 0.01])),
         "prefix_caching": bool(rng.random() < 0.8),
         "max_batched_tokens": int(rng.choice([7, 64])),
+        "eager": seed % 2 == 1,
     }
     found = []
     for ahead in (False, True):
@@ -125,7 +126,7 @@ def test_judgements(folder, seed):
     ]
     found = []
     for ahead in (False, True):
-        with make_engine(folder, ahead, num_blocks=4000, max_len=2048) as engine:
+        with make_engine(folder, ahead, num_blocks=4000, max_len=2048, eager=seed % 2 == 1) as engine:
             found.append([plain(v) for v in sorted(Judge(engine).run(items), key=lambda v: v.index)])
             engine.check_integrity()
     assert found[0] == found[1]

@@ -123,7 +123,7 @@ for variant, resources in measure(compiled):
 
 
 # `make kernels` compiles everything for every architecture; here is what differs most.
-CASES = [("sm_90", "w4a16-g128"), ("sm_120", "int8")]
+CASES = [("sm_80", "bf16"), ("sm_90", "w4a16-g128"), ("sm_120", "int8")]
 
 
 @pytest.mark.parametrize(("arch", "weights"), CASES)

@@ -198,15 +198,15 @@ def test_bytes_are_those_of_the_catalog(monkeypatch: pytest.MonkeyPatch, tokens:
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
 def test_bytes_at_seven_billion_parameters(monkeypatch: pytest.MonkeyPatch, capability: int) -> None:
-    """From 16 tokens on sm_90 has a workspace, which stays in its L2: so 64 tokens take 41 us, not 66."""
+    """From 16 tokens on sm_90 has more workspace, which stays in its L2: so 64 tokens take 41 us, not 66."""
     for module in ("tiles", "runs"):
         monkeypatch.setattr(f"flexjudge_fast.kernels.{module}.capability", lambda: capability)
     for rows, columns, has_bias in layer_matrices(ModelShape()).values():
-        for tokens in range(1, 16 if capability == 90 else 65):
+        for tokens in range(1, 65):
             weights = rows * columns / 2 + 4 * rows * columns / 128
             rest = 2 * tokens * (rows + columns) + 2 * rows * has_bias
             least, moved = product_bytes("linear_w4a16", rows, columns, weights, rest, tokens)
-            assert moved <= 1.05 * least
+            assert moved <= (1.25 if capability == 90 and tokens >= 16 else 1.05) * least
 
 
 @pytest.mark.gpu

@@ -52,14 +52,14 @@ def pair(
     return (request.param, *folders)
 
 
-def run(folder: Path) -> tuple[torch.Tensor, list[int]]:
-    """Logits and greedy tokens on the CPU."""
+def run(folder: Path, device: str = "cpu") -> tuple[torch.Tensor, list[int]]:
+    """Logits and greedy tokens."""
     engine = Engine.from_pretrained(
-        folder, dtype="float32", device="cpu", max_model_len=64, kv_cache_memory="16MiB"
+        folder, dtype="float32", device=device, max_model_len=64, kv_cache_memory="16MiB"
     )
     try:
         (done,) = engine.generate([PROMPT], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))
-        return engine.logits(PROMPT), done.token_ids
+        return engine.logits(PROMPT).cpu(), done.token_ids
     finally:
         engine.close()
 
@@ -86,6 +86,15 @@ def test_an_engine_gives_the_dense_models_logits(pair: tuple[str, Path, Path]) -
     limit = 0.05 if name.startswith(("nf4", "fp4")) else 2e-3  # of logits some 3 apart
     assert (logits - want).abs().max() < limit
     assert tokens == want_tokens
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu(pair: tuple[str, Path, Path]) -> None:
+    """Tokens become 8 bits in W8A8; all else is the dense model's."""
+    name, folder, dense = pair
+    (found, _), (wanted, _) = run(folder, "cuda"), run(dense)
+    assert (found - wanted).norm() / wanted.norm() < (0.35 if name in W8 else 0.01)
 
 
 def test_kernels_get_what_they_read(pair: tuple[str, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -236,6 +236,7 @@ def rewrite(folder: Path, target: Path, part: str, change: Any) -> Path:
         ("nested_blocksize", 64, r"nested_absmax has shape"),
         ("nested_dtype", "bfloat16", r"nested_dtype: 'bfloat16'"),
         ("nested_offset", "1", r"nested_offset: '1'"),
+        ("nested_offset", 10**400, r"nested_offset: 1000"),
         ("other", 1, r"other: 1, the field is unknown"),
         ("", b"[" * 3000, r"is no JSON"),
         ("", b"[1]", r"an object is expected"),
