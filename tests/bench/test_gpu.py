@@ -1,9 +1,13 @@
 """The GPU's bench where there is none: it says so, and its table can be read."""
 
+import json
+
 import pytest
 import torch
 
+from bench import tune
 from bench.gpu import KernelRow, main, show_kernels
+from flexjudge_fast.kernels.tiles import tiles
 
 
 def test_it_says_that_there_is_no_gpu(capsys):
@@ -22,3 +26,15 @@ def test_the_table(capsys):
     lines = capsys.readouterr().out.strip().splitlines()
     assert "50%" in lines[1] and "torch bf16 1.50x" in lines[1]
     assert lines[2].split()[-2:] == ["3.0", "1%"]
+
+
+def test_trials_lay_their_sizes_over_the_tables():
+    before = tiles("linear", "t16")
+    trials = list(tune.product_trials(["linear"]))
+    assert len(set(trials)) == len(trials)
+    for trial in trials[::17]:
+        over = dict(trial.sizes[0][1])
+        with tune.laid_over(trial):
+            assert over.items() <= tiles("linear", "t16").items()
+        assert json.loads(trial.line(1.5))["linear"] == over
+    assert tiles("linear", "t16") == before

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from flexjudge_fast import Engine
 from flexjudge_fast.errors import CheckpointError, UnsupportedCheckpointError
+from flexjudge_fast.models.loader import TensorLoader
 from flexjudge_fast.weights.checkpoint import open_checkpoint
 from tests.models import write_checkpoint
 from tests.published import LAYOUTS, edit_config, publish, save
@@ -69,6 +70,7 @@ def with_field(folder: Path, target: Path, field: str, value: Any) -> Path:
         ("gptq", "rotation", "hadamard"),
         ("gptq", "adapter", {"name": "lora"}),
         ("gptq", "some_new_maths", 3),
+        ("gptq", "some_new_maths", 0),
         ("awq", "bits", 8),
         ("awq", "group_size", 16),
         ("awq", "version", "gemv"),
@@ -123,6 +125,23 @@ def test_fields(folders: dict[str, Path], tmp_path: Path, layout: str, field: st
     name = "load_in" if name.startswith("load_in") else name
     with pytest.raises(UnsupportedCheckpointError, match=rf"config\.json: quantization_config.*{name}"):
         open_checkpoint(folder)
+
+
+def test_order_that_nothing_tells(folders: dict[str, Path], tmp_path: Path) -> None:
+    """desc_act, and no g_idx: columns may be in any order."""
+    folder = with_field(folders["gptq"], tmp_path / "broken", "desc_act", True)
+    open_checkpoint(folder).tensor(MODULE + ".weight")  # its g_idx says that they are in order
+    folder = rewrite(folder, tmp_path / "without", "g_idx", None)
+    with pytest.raises(CheckpointError, match=r"g_idx is missing, and desc_act is true"):
+        open_checkpoint(folder).tensor(MODULE + ".weight")
+
+
+def test_float8_that_float16_does_not_hold(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Finite as it is stored, infinite once it is expanded."""
+    folder = rewrite(folders["fp8"], tmp_path / "broken", "weight_scale", lambda t: torch.full_like(t, 1e4))
+    load = TensorLoader(open_checkpoint(folder), torch.float16, torch.device("cpu"))
+    with pytest.raises(CheckpointError, match=r"down_proj.weight has values that torch\.float16 does not"):
+        load.weight(MODULE + ".weight", (128, 256))
 
 
 def test_other_methods_are_refused_by_the_engine(folders: dict[str, Path], tmp_path: Path) -> None:
