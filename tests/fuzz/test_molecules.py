@@ -19,6 +19,7 @@ from tests.golden_molecules import REDUCED
 from tests.test_judge_media import plain
 
 NUM_TEXTS = int(os.environ.get("FLEXJUDGE_FUZZ_MOLECULES", "10000"))
+EVERY = int(os.environ.get("FLEXJUDGE_FUZZ_EVERY", "4"))  # of them is judged beside others; 1: all, in 70 s
 SMILES = [
     "CC(=O)Oc1ccccc1C(=O)O",
     "CN1C=NC2=C1C(=O)N(C(=O)N2C)C",
@@ -158,11 +159,11 @@ def test_other_verdicts_stay() -> None:
             engine.check_integrity()
         return found
 
-    texts = mutated(NUM_TEXTS, seed=23)
+    texts = mutated(NUM_TEXTS, seed=23)[::EVERY]
     found = verdicts(judgements(texts))
     assert len(found) == len(texts) + (len(texts) + 99) // 100
     errors = [verdict.error or "" for verdict in found if verdict.finish_reason == "error"]
-    assert len(errors) > NUM_TEXTS / 10 and all(e.startswith("MediaError: molecules[0]: ") for e in errors)
+    assert len(errors) > len(texts) / 10 and all(e.startswith("MediaError: molecules[0]: ") for e in errors)
     beside = {verdict.id: plain(verdict) for verdict in found if verdict.id}
     alone = verdicts([good(int(name)) for name in beside])
     assert {verdict.id: plain(verdict) for verdict in alone} == beside
