@@ -1,36 +1,33 @@
 """Counter-based random numbers: a draw depends on its key and counter alone, never on earlier draws."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
-_MASK, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_MASK = 0xFFFFFFFF
+_FEW = 16  # draws: more take less time side by side than one by one
 
 
-def philox4x32(counter: NDArray[np.uint64], key: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Philox4x32-10 (Salmon et al. 2011, section 3.3), side by side.
+def philox4x32(counter: tuple[Any, Any, Any, Any], key: tuple[Any, Any]) -> tuple[Any, Any, Any, Any]:
+    """Philox4x32-10 (Salmon et al. 2011, section 3.3): four 32-bit words of counter, two of key.
 
-    Args:
-        counter: [4, n] words of 32 bits. key: [2, n].
-
-    Returns:
-        [4, n] words of 32 bits.
+    Each word is an int, or a uint64 array: then several run side by side.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
         product0, product1 = _MULTIPLIERS[0] * c0, _MULTIPLIERS[1] * c2
         c0, c1, c2, c3 = (
-            (product1 >> _HALF) ^ c1 ^ k0,
+            (product1 >> 32) ^ c1 ^ k0,
             product1 & _MASK,
-            (product0 >> _HALF) ^ c3 ^ k1,
+            (product0 >> 32) ^ c3 ^ k1,
             product0 & _MASK,
         )
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    return np.stack((c0, c1, c2, c3))
+    return c0, c1, c2, c3
 
 
 def uniforms(draws: Sequence[tuple[int, int, int, int]]) -> list[float]:
@@ -39,10 +36,14 @@ def uniforms(draws: Sequence[tuple[int, int, int, int]]) -> list[float]:
     Seed and key have 64 bits; the key is a digest of the prompt, so equal prompts draw equally. Which sample
     of the prompt, and which token of the sequence: 32 bits each.
     """
-    seed, request_key, sample, position = np.array(draws, dtype=np.uint64).reshape(-1, 4).T
-    # The seed is the key; prompt, sample and position are the counter.
-    counter = np.stack((request_key & _MASK, request_key >> _HALF, sample & _MASK, position & _MASK))
-    high, low, _, _ = philox4x32(counter, np.stack((seed & _MASK, seed >> _HALF)))
-    bits = (high >> np.uint64(5)) * np.uint64(67108864) + (low >> np.uint64(6))
-    found: list[float] = (bits / 9007199254740992.0).tolist()
+    if len(draws) <= _FEW:
+        return [_uniform(*draw) for draw in draws]
+    found: list[float] = _uniform(*np.array(draws, dtype=np.uint64).T).tolist()
     return found
+
+
+def _uniform(seed: Any, request_key: Any, sample: Any, position: Any) -> Any:
+    """Of ints, or of uint64 arrays. The seed is the key; prompt, sample and position are the counter."""
+    counter = (request_key & _MASK, request_key >> 32, sample & _MASK, position & _MASK)
+    high, low, _, _ = philox4x32(counter, (seed & _MASK, seed >> 32))
+    return ((high >> 5) * 67108864 + (low >> 6)) / 9007199254740992.0

@@ -37,8 +37,10 @@ def test_philox_known_answers():
     ones = 0xFFFFFFFF
     counters = [(0,) * 4, (ones,) * 4, (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)]
     keys = [(0, 0), (ones, ones), (0xA4093822, 0x299F31D0)]
-    found = philox4x32(np.array(counters, dtype=np.uint64).T, np.array(keys, dtype=np.uint64).T)
-    assert found.T.tolist() == [
+    one_by_one = [list(philox4x32(c, k)) for c, k in zip(counters, keys, strict=True)]
+    found = philox4x32(tuple(np.array(counters, dtype=np.uint64).T), tuple(np.array(keys, dtype=np.uint64).T))
+    assert np.stack(found).T.tolist() == one_by_one
+    assert one_by_one == [
         [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8],
         [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD],
         [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
@@ -52,6 +54,8 @@ def test_draws_differ_in_every_coordinate():
     assert len(set(draws)) == 6
     assert all(0 <= d < 1 for d in draws)
     assert uniforms([base]) == draws[:1] and uniforms([]) == []
+    many = [(5, 2**64 - 1 - i, i % 3, i) for i in range(100)]
+    assert uniforms(many) == [number for draw in many for number in uniforms([draw])]
 
 
 @pytest.mark.parametrize(
