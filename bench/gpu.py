@@ -27,11 +27,10 @@ from bench.engines import MissingError  # noqa: E402
 from bench.gpu_engines import Vllm, measure_engine, measure_judging  # noqa: E402
 from bench.gpu_peers import peers  # noqa: E402
 from flexjudge_fast.kernels.catalog import ModelShape, launches  # noqa: E402
-from flexjudge_fast.kernels.chips import ARCHS, capability  # noqa: E402
+from flexjudge_fast.kernels.chips import arch_of, capability  # noqa: E402
 
 WEIGHTS = ("bf16", "w4a16-g128", "int8", "fp8")
 KV_DTYPES = (torch.bfloat16, torch.int8, torch.float8_e4m3fn)
-COLD_BYTES = 2e8  # of inputs that take turns: several times an L2 cache
 JUDGING = (64, 256)  # sequences at once
 COPIES = 8  # of a launch's memory, which take turns
 
@@ -90,7 +89,7 @@ def ceilings() -> Ceilings:
 
 def measure_kernels(card: Ceilings) -> Iterator[KernelRow]:
     """Every launch of the catalog once, whatever shape lists it first."""
-    arch = max((arch for arch in ARCHS if arch.capability <= capability()), key=lambda arch: arch.capability)
+    arch = arch_of(capability())
     shapes = [ModelShape(weights=weights) for weights in WEIGHTS]
     shapes += [ModelShape(kv_dtype=kv_dtype) for kv_dtype in KV_DTYPES]
     done: set[tuple[str, str, int]] = set()

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-from bench.gpu import COLD_BYTES, seconds  # noqa: E402
+from bench.gpu import seconds  # noqa: E402
 from flexjudge_fast.kernels import (  # noqa: E402
     attention_sizes,
     catalog_attention,
@@ -33,9 +33,10 @@ from flexjudge_fast.kernels import (  # noqa: E402
     tiles,
 )
 from flexjudge_fast.kernels.catalog import Launch, ModelShape  # noqa: E402
-from flexjudge_fast.kernels.chips import ARCHS, capability  # noqa: E402
+from flexjudge_fast.kernels.chips import arch_of, capability  # noqa: E402
 
 Sizes = Mapping[str, int]
+COLD_BYTES = 2e8  # of inputs that take turns: several times an L2 cache
 PRODUCTS = {"linear": "bf16", "linear_w4a16": "w4a16-g128", "linear_int8": "int8", "linear_fp8": "fp8"}
 MATRICES = ("qkv", "gate up", "down")
 CACHES = {"bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -141,9 +142,7 @@ def compile_trial(trial: Trial, cache: str) -> str:
     """What is wrong with the trial, or nothing."""
     from flexjudge_fast.kernels.aot.offline_driver import compiling_for
 
-    arch = max(
-        (arch for arch in ARCHS if arch.capability <= int(os.environ["ARCH"])), key=lambda a: a.capability
-    )
+    arch = arch_of(int(os.environ["ARCH"]))
     try:
         with compiling_for(arch, Path(cache)), laid_over(trial):
             next(trial.launches("meta")).run()

@@ -55,6 +55,11 @@ CHIPS = (
 )
 
 
+def arch_of(capability: int) -> Arch:
+    """The newest of them that a device of this capability runs."""
+    return max((arch for arch in ARCHS if arch.capability <= capability), key=lambda arch: arch.capability)
+
+
 def find_arch(name: str) -> Arch:
     """The architecture of this name. Raises ValueError, which lists those that are known."""
     for arch in ARCHS:
