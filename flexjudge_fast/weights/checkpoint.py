@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flexjudge_fast.errors import CheckpointError
+from flexjudge_fast.weights.processor_config import ProcessorConfig
 from flexjudge_fast.weights.tensor import StoredWeight
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -41,9 +42,9 @@ class Checkpoint(ABC):
     def tokenizer_json(self) -> str:
         """The text of a `tokenizer.json`."""
 
-    def processor_configs(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """How images and videos become pixels: the two preprocessors' settings; empty for a text model."""
-        return {}, {}
+    def processor_config(self, kind: str) -> ProcessorConfig:
+        """How media of a kind ("image", "video" or "audio") are prepared; empty for a text model."""
+        return ProcessorConfig("preprocessor_config.json", {})
 
     @abstractmethod
     def weight_files(self) -> Sequence[Path]:

@@ -12,9 +12,16 @@ from safetensors import SafetensorError, safe_open
 from flexjudge_fast.errors import CheckpointError, UnsupportedCheckpointError
 from flexjudge_fast.weights.checkpoint import Checkpoint, read_json
 from flexjudge_fast.weights.formats import find_format
+from flexjudge_fast.weights.processor_config import ProcessorConfig
 from flexjudge_fast.weights.tensor import DenseTensor, QuantTensor, Weight
 
 _INDEX = "model.safetensors.index.json"
+# By kind of media: objects of processor_config.json, which transformers 5 writes, and the older file.
+_PROCESSORS = {
+    "image": (("image_processor",), "preprocessor_config.json"),
+    "video": (("video_processor",), "video_preprocessor_config.json"),
+    "audio": (("feature_extractor", "audio_processor"), "preprocessor_config.json"),
+}
 
 
 class SafetensorsCheckpoint(Checkpoint):
@@ -89,13 +96,16 @@ class SafetensorsCheckpoint(Checkpoint):
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: {error}") from error
 
-    def processor_configs(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        both = read_json(self.path / "processor_config.json")  # of transformers 5; else a file each
-        image = both.get("image_processor") or read_json(self.path / "preprocessor_config.json")
-        video = both.get("video_processor") or read_json(self.path / "video_preprocessor_config.json")
-        if not isinstance(image, dict) or not isinstance(video, dict):
-            raise CheckpointError(f"{self.path / 'processor_config.json'}: its processors must be objects")
-        return image, video
+    def processor_config(self, kind: str) -> ProcessorConfig:
+        names, older = _PROCESSORS[kind]
+        path = self.path / "processor_config.json"
+        given = read_json(path)
+        name = next((name for name in names if given.get(name) is not None), None)
+        if name is None:
+            return ProcessorConfig(older, read_json(self.path / older))
+        if not isinstance(given[name], dict):
+            raise CheckpointError(f"{path}: {name} must be an object")
+        return ProcessorConfig(f"{path.name}, {name}", given[name])
 
     def _open(self, path: Path) -> Any:
         if path not in self._files:

@@ -72,3 +72,35 @@ def test_nothing_of_a_checkpoint_is_executed(folder):
     assert list(checkpoint.tensor_names()) == ["a"]
     assert sys.path == before
     assert "modeling_evil" not in sys.modules
+
+
+OLD = {"preprocessor_config.json": {"own": 1}, "video_preprocessor_config.json": {"own": 2}}
+NEW = {"image_processor": {"own": 3}, "video_processor": {"own": 4}, "feature_extractor": {"own": 5}}
+PLACES = ("preprocessor_config.json", "video_preprocessor_config.json", "preprocessor_config.json")
+
+
+@pytest.mark.parametrize(
+    ("given", "want"),
+    [
+        ({}, (1, 2, 1)),
+        (NEW, (3, 4, 5)),
+        ({"processor_class": "X", "image_processor": NEW["image_processor"]}, (3, 2, 1)),
+        ({"audio_processor": {"own": 6}, "video_processor": None}, (1, 2, 6)),
+    ],
+)
+def test_where_processors_are_read_from(folder, given, want):
+    """Each kind of media its own settings, as transformers 5 writes them, else from the older file."""
+    for name, content in {**OLD, "processor_config.json": given}.items():
+        (folder / name).write_text(json.dumps(content))
+    found = [open_checkpoint(folder).processor_config(kind) for kind in ("image", "video", "audio")]
+    assert tuple(config.fields["own"] for config in found) == want
+    for config, old, number in zip(found, PLACES, want, strict=True):
+        assert config.where == old if number < 3 else config.where.startswith("processor_config.json, ")
+
+
+@pytest.mark.parametrize("kind", ["image", "video", "audio"])
+@pytest.mark.parametrize("value", [3, "x", [], ""])
+def test_a_processor_is_an_object(folder, kind, value):
+    (folder / "processor_config.json").write_text(json.dumps(dict.fromkeys(NEW, value)))
+    with pytest.raises(CheckpointError, match=r"processor_config\.json: \w+ must be an object"):
+        open_checkpoint(folder).processor_config(kind)
