@@ -48,7 +48,7 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def weight_files(self) -> Sequence[Path]:
-        """The files that hold weights."""
+        """The files that hold tensors of `tensor_names`."""
 
     def start_hashing(self) -> None:
         """Begin to hash the weights in the background."""
@@ -57,7 +57,11 @@ class Checkpoint(ABC):
             self._hashing.start()
 
     def weights_hash(self) -> str:
-        """`sha256:` of the weight file; of several files, of their sorted lines `name sha256`."""
+        """`sha256:` of the weight file; of several files, of their sorted lines `name sha256`.
+
+        A file that holds a tensor of `tensor_names` counts with all its bytes. Others do not count, such as
+        files with nothing but a Qwen2.5-Omni's talker.
+        """
         self.start_hashing()
         assert self._hashing is not None
         self._hashing.join()

@@ -16,6 +16,7 @@ from flexjudge_fast.weights.processor_config import ProcessorConfig
 from flexjudge_fast.weights.tensor import DenseTensor, QuantTensor, Weight
 
 _INDEX = "model.safetensors.index.json"
+_NEVER_READ = ("talker.", "token2wav.")  # what speaks in a whole Qwen2.5-Omni
 # By kind of media: objects of processor_config.json, which transformers 5 writes, and the older file.
 _PROCESSORS = {
     "image": (("image_processor",), "preprocessor_config.json"),
@@ -25,7 +26,7 @@ _PROCESSORS = {
 
 
 class SafetensorsCheckpoint(Checkpoint):
-    """Tensors are mapped into memory and read when asked for."""
+    """Tensors are mapped into memory and read when asked for; a talker's and a vocoder's are passed over."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -116,11 +117,14 @@ class SafetensorsCheckpoint(Checkpoint):
         return self._files[path]
 
     def _read_index(self) -> dict[str, Path]:
-        """Which file holds each tensor; what the index says must be what the files hold."""
+        """Which file holds each tensor; what the index says must be what the files hold.
+
+        Files that the index knows to hold nothing that is read need not be there.
+        """
         if not (self.path / _INDEX).exists():
             where: dict[str, Path] = {}
             for file in sorted(self.path.glob("*.safetensors")):
-                for name in self._open(file).keys():  # noqa: SIM118 - not a dict
+                for name in filter(_is_read, self._open(file).keys()):
                     if name in where:
                         raise CheckpointError(f"{file}: tensor {name} is in {where[name].name} too")
                     where[name] = file
@@ -128,19 +132,24 @@ class SafetensorsCheckpoint(Checkpoint):
         weight_map = read_json(self.path / _INDEX, required=True).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{self.path / _INDEX}: weight_map is missing")
-        held: dict[str, set[str]] = {}
-        for shard in set(map(str, weight_map.values())):
+        shards = {name: str(shard) for name, shard in weight_map.items()}
+        for shard in shards.values():
             if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors", shard):
                 raise CheckpointError(f"{self.path / _INDEX}: {shard!r} is not a plain safetensors file name")
+        shards = {name: shard for name, shard in shards.items() if _is_read(name)}
+        held: dict[str, set[str]] = {}
+        for shard in set(shards.values()):
             if not (self.path / shard).exists():
                 raise CheckpointError(f"{self.path / shard}: the shard is missing")
             held[shard] = set(self._open(self.path / shard).keys())
-        for name, shard in weight_map.items():
-            if name not in held[str(shard)]:
-                raise CheckpointError(
-                    f"{self.path / str(shard)}: tensor {name} is missing, the index names it"
-                )
-        return {name: self.path / str(shard) for name, shard in weight_map.items()}
+        for name, shard in shards.items():
+            if name not in held[shard]:
+                raise CheckpointError(f"{self.path / shard}: tensor {name} is missing, the index names it")
+        return {name: self.path / shard for name, shard in shards.items()}
+
+
+def _is_read(name: str) -> bool:
+    return not name.startswith(_NEVER_READ)
 
 
 def _chat_template(path: Path, tokenizer_config: dict[str, Any]) -> str | None:
