@@ -170,7 +170,10 @@ def quantize_model(
     ] = "int4",
     force: Annotated[bool, typer.Option(help="Replace a folder that is there.")] = False,
 ) -> None:
-    """Quantise a model once, into a folder that loads fast. A .gguf is kept as quantised: --to keep."""
+    """Quantise a model once, into a folder that loads fast. A .gguf is kept as quantised: --to keep.
+
+    Of a whole Qwen2.5-Omni the Thinker alone is written: a judge does not speak.
+    """
     from flexjudge_fast.models.config import model_config, read_decoder_config
     from flexjudge_fast.weights.checkpoint import open_checkpoint
     from flexjudge_fast.weights.quantization import QUANTIZATIONS, find_quantization

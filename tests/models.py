@@ -57,6 +57,17 @@ AUDIO_PREPROCESSOR: dict[str, Any] = {
     "return_attention_mask": True,
     "dither": 0.0,
 }
+# Talker and vocoder: names as published, values and types that are refused where they are read.
+UNREADABLE = {
+    "talker.codec_head.weight": torch.full((16, 8), torch.inf),
+    "talker.model.embed_tokens.weight": torch.full((16, 64), torch.nan),
+    "talker.model.layers.0.self_attn.q_proj.weight": torch.full((8, 8), torch.nan),
+    "talker.model.norm.weight": torch.full((8,), torch.nan),
+    "talker.thinker_to_talker_proj.weight": torch.zeros(8, 64, dtype=torch.float8_e4m3fn),
+    "token2wav.code2wav_bigvgan_model.conv_pre.weight": torch.full((8, 8, 7), torch.nan),
+    "token2wav.code2wav_dit_model.text_embed.codec_embed.weight": torch.full((16, 8), -1, dtype=torch.int8),
+    "token2wav.code2wav_dit_model.rotary_embed.inv_freq": torch.zeros(4, dtype=torch.int64),
+}
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
 
@@ -184,7 +195,7 @@ def write_vision_checkpoint(
 def write_omni_checkpoint(folder: Path, whole: bool = False, seed: int = 0) -> Any:
     """Write a random Thinker of Qwen2.5-Omni and return it, in float32 and eval mode.
 
-    `whole`: as it is published, with a talker, whose tensors hold NaN here: nobody must read them.
+    `whole`: as it is published, with a talker and a vocoder that nobody must read, see `UNREADABLE`.
     """
     import transformers
 
@@ -246,7 +257,7 @@ def _make_whole(folder: Path) -> None:
 
     (path,) = folder.glob("*.safetensors")
     tensors = {f"thinker.{name}": tensor for name, tensor in load_file(path).items()}
-    save_file({**tensors, "talker.model.norm.weight": torch.full((8,), torch.nan)}, path, {"format": "pt"})
+    save_file({**tensors, **UNREADABLE}, path, {"format": "pt"})
     thinker = json.loads((folder / "config.json").read_text())
     config = {
         "architectures": ["Qwen2_5OmniForConditionalGeneration"],

@@ -25,6 +25,7 @@ from flexjudge_fast.models.registry import load_audio, load_molecule, load_visio
 from flexjudge_fast.models.vision_config import VisionConfig, read_vision_config
 from flexjudge_fast.ops.backend import isa
 from flexjudge_fast.weights.checkpoint import Checkpoint
+from flexjudge_fast.weights.processor_config import ProcessorConfig
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,10 @@ def _load_molecules(
 
 def _vision_processor(checkpoint: Checkpoint, vision: VisionConfig) -> VisionProcessor:
     """How the checkpoint wants pixels; its patches must be the tower's."""
-    processor = read_vision_processor(*checkpoint.processor_configs())
+    config = checkpoint.processor_config("image")
+    processor = read_vision_processor(config, checkpoint.processor_config("video"))
     for name in ("patch_size", "merge_size", "temporal_patch_size"):
-        _check_same(checkpoint, name, getattr(processor, name), getattr(vision, name))
+        _check_same(checkpoint, config, name, getattr(processor, name), getattr(vision, name))
     return processor
 
 
@@ -103,15 +105,16 @@ def _audio_processor(checkpoint: Checkpoint, audio: AudioConfig | None) -> Audio
     """How the checkpoint wants sound; its spectrogram must be the tower's."""
     if audio is None:
         return None
-    processor = read_audio_processor(checkpoint.processor_configs()[0])
-    _check_same(checkpoint, "feature_size", processor.feature_size, audio.num_mel_bins)
+    config = checkpoint.processor_config("audio")
+    processor = read_audio_processor(config)
+    _check_same(checkpoint, config, "feature_size", processor.feature_size, audio.num_mel_bins)
     return processor
 
 
-def _check_same(checkpoint: Checkpoint, name: str, wanted: int, found: int) -> None:
+def _check_same(checkpoint: Checkpoint, config: ProcessorConfig, name: str, wanted: int, found: int) -> None:
     if wanted != found:
         raise CheckpointError(
-            f"{checkpoint.path}: {name} is {wanted} in preprocessor_config.json, {found} in config.json"
+            f"{checkpoint.path}: {name} is {wanted} in {config.where}, {found} in config.json"
         )
 
 

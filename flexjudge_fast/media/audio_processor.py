@@ -1,12 +1,9 @@
 """How a checkpoint wants sound turned into log-mel frames: its preprocessor configuration, read."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from flexjudge_fast.errors import UnsupportedCheckpointError
+from flexjudge_fast.weights.processor_config import ProcessorConfig
 
-_FILE = "preprocessor_config.json"
 _RATE = 16000  # Hz; the mel filters end at 8,000 Hz whatever the rate is
 # What is done to sound, and what is not; anything else would change the features.
 _STEPS = {
@@ -57,55 +54,44 @@ class AudioProcessor:
         return ((num_frames - 1) // 2 + 1 - 2) // 2 + 1
 
 
-def read_audio_processor(config: Mapping[str, Any]) -> AudioProcessor:
-    """From what preprocessor_config.json holds; fields of other modalities are ignored, absent ones default.
+def read_audio_processor(config: ProcessorConfig) -> AudioProcessor:
+    """From a feature extractor's settings; fields of other modalities beside them are ignored.
 
     Raises:
         UnsupportedCheckpointError: a field asks for something else than this version computes, or is no sound
             value; the message names file and field.
     """
     for name, wanted in _STEPS.items():
-        given = config.get(name)
+        given = config.fields.get(name)
         if given is not None and (given != wanted or isinstance(given, bool) is not isinstance(wanted, bool)):
-            raise _wrong(name, f"{given!r:.50}, only {wanted!r} is supported")
+            raise config.wrong(name, f"{given!r:.50}, only {wanted!r} is supported")
     base = AudioProcessor()
     found = AudioProcessor(
-        feature_size=_count(config, "feature_size", base.feature_size, _MOST["feature_size"]),
-        sampling_rate=_count(config, "sampling_rate", base.sampling_rate, _MOST["sampling_rate"]),
-        hop_length=_count(config, "hop_length", base.hop_length, _MOST["hop_length"]),
-        n_fft=_count(config, "n_fft", base.n_fft, _MOST["n_fft"]),
-        chunk_length=_count(config, "chunk_length", base.chunk_length, _MOST_SECONDS),
+        feature_size=config.count("feature_size", base.feature_size, _MOST["feature_size"]),
+        sampling_rate=config.count("sampling_rate", base.sampling_rate, _MOST["sampling_rate"]),
+        hop_length=config.count("hop_length", base.hop_length, _MOST["hop_length"]),
+        n_fft=config.count("n_fft", base.n_fft, _MOST["n_fft"]),
+        chunk_length=config.count("chunk_length", base.chunk_length, _MOST_SECONDS),
     )
-    _check(found)
+    _check(config, found)
     for name, wanted in (
         ("n_samples", found.max_samples),
         ("nb_max_frames", found.max_samples // found.hop_length),
     ):
-        if _count(config, name, wanted, _MOST_SECONDS * _RATE) != wanted:
-            raise _wrong(name, f"{config[name]}, but {wanted} by the other fields")
+        if config.count(name, wanted, _MOST_SECONDS * _RATE) != wanted:
+            raise config.wrong(name, f"{config.fields[name]}, but {wanted} by the other fields")
     return found
 
 
-def _check(found: AudioProcessor) -> None:
+def _check(config: ProcessorConfig, found: AudioProcessor) -> None:
     """Fields that do not go together."""
     if found.sampling_rate != _RATE:
-        raise _wrong("sampling_rate", f"{found.sampling_rate}, only {_RATE} is supported")
+        raise config.wrong("sampling_rate", f"{found.sampling_rate}, only {_RATE} is supported")
     if found.n_fft % 2:
-        raise _wrong("n_fft", f"{found.n_fft} is odd")
+        raise config.wrong("n_fft", f"{found.n_fft} is odd")
     if found.hop_length > found.n_fft // 2:
-        raise _wrong("hop_length", f"{found.hop_length} is more than half of n_fft, {found.n_fft}")
+        raise config.wrong("hop_length", f"{found.hop_length} is more than half of n_fft, {found.n_fft}")
     if found.max_samples % found.hop_length:
-        raise _wrong("hop_length", f"{found.hop_length} does not divide the {found.max_samples} samples")
-
-
-def _count(config: Mapping[str, Any], name: str, default: int, most: int) -> int:
-    value = config.get(name)
-    if value is None:
-        return default
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-        raise _wrong(name, f"{value!r:.50} is not a whole number from 1 to {most}")
-    return value
-
-
-def _wrong(name: str, reason: str) -> UnsupportedCheckpointError:
-    return UnsupportedCheckpointError(f"{_FILE}: field {name}: {reason}")
+        raise config.wrong(
+            "hop_length", f"{found.hop_length} does not divide the {found.max_samples} samples"
+        )

@@ -3,14 +3,14 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flexjudge_fast.errors import InvalidArgumentError, UnsupportedCheckpointError
+from flexjudge_fast.errors import InvalidArgumentError
 from flexjudge_fast.media.items import MediaOptions
 from flexjudge_fast.media.smart_resize import smart_resize
+from flexjudge_fast.weights.processor_config import ProcessorConfig
 
 Color = tuple[float, float, float]
 
@@ -99,8 +99,8 @@ class VisionProcessor:
         return math.prod(grid) // self.merge_size**2
 
 
-def read_vision_processor(image: Mapping[str, Any], video: Mapping[str, Any]) -> VisionProcessor:
-    """From what preprocessor_config.json and video_preprocessor_config.json hold; {} for a missing file.
+def read_vision_processor(image: ProcessorConfig, video: ProcessorConfig) -> VisionProcessor:
+    """From the settings for images and those for videos.
 
     All published styles are read: min_pixels and max_pixels, alone or within size, or size with shortest_edge
     and longest_edge.
@@ -111,8 +111,7 @@ def read_vision_processor(image: Mapping[str, Any], video: Mapping[str, Any]) ->
         UnsupportedCheckpointError: a field asks for something else than this version computes, or is no sound
             value; the message names file and field.
     """
-    fields = _Fields(image, "preprocessor_config.json")
-    moving = _Fields(video, "video_preprocessor_config.json")
+    fields, moving = (_Fields(config.where, config.fields) for config in (image, video))
     base = VisionProcessor()
     for given in (fields, moving):
         given.check_steps()
@@ -137,11 +136,11 @@ def read_vision_processor(image: Mapping[str, Any], video: Mapping[str, Any]) ->
         raise fields.wrong("image_std", "0 cannot be divided by")
     if found.min_frames > found.max_frames:
         raise moving.wrong("min_frames", f"{found.min_frames} is more than max_frames")
-    _check_same(found, moving)
+    _check_same(found, fields, moving)
     return found
 
 
-def _check_same(processor: VisionProcessor, video: "_Fields") -> None:
+def _check_same(processor: VisionProcessor, image: "_Fields", video: "_Fields") -> None:
     """What images and videos share must not differ."""
     own = processor
     shared = {
@@ -157,40 +156,27 @@ def _check_same(processor: VisionProcessor, video: "_Fields") -> None:
     }
     for name, (wanted, given) in shared.items():
         if given != wanted:
-            raise video.wrong(name, f"{given!r}, but {wanted!r} in preprocessor_config.json")
+            raise video.wrong(name, f"{given!r}, but {wanted!r} in {image.where}")
 
 
-class _Fields:
-    """The fields of one file; absent or null ones take the default."""
-
-    def __init__(self, values: Mapping[str, Any], file: str):
-        self.values, self.file = values, file
-
-    def wrong(self, name: str, reason: str) -> UnsupportedCheckpointError:
-        return UnsupportedCheckpointError(f"{self.file}: field {name}: {reason}")
+class _Fields(ProcessorConfig):
+    """Of images or of videos."""
 
     def check_steps(self) -> None:
         for name, wanted in _STEPS.items():
-            given = self.values.get(name)
+            given = self.fields.get(name)
             if given is not None and given is not wanted:
                 raise self.wrong(name, f"{given!r}, only {wanted} is supported")
-        if self.values.get("resample", _BICUBIC) not in (None, _BICUBIC):
+        if self.fields.get("resample", _BICUBIC) not in (None, _BICUBIC):
             raise self.wrong(
-                "resample", f"{self.values['resample']!r}, only {_BICUBIC} (bicubic) is supported"
+                "resample", f"{self.fields['resample']!r}, only {_BICUBIC} (bicubic) is supported"
             )
 
     def count(self, name: str, default: int, most: int = _LONGEST) -> int:
-        return self._count(name, self.values.get(name), default, most)
-
-    def _count(self, name: str, value: object, default: int, most: int) -> int:
-        if value is None:
-            return default
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-            raise self.wrong(name, f"{value!r:.50} is not a whole number from 1 to {most}")
-        return value
+        return super().count(name, default, most)
 
     def positive(self, name: str, default: float) -> float:
-        value = self.values.get(name)
+        value = self.fields.get(name)
         if value is None:
             return default
         if not _is_number(value) or value <= 0:
@@ -198,7 +184,7 @@ class _Fields:
         return float(value)
 
     def color(self, name: str, default: Color) -> Color:
-        value = self.values.get(name)
+        value = self.fields.get(name)
         if value is None:
             return default
         if not isinstance(value, (list, tuple)) or len(value) != 3 or not all(map(_is_number, value)):
@@ -207,7 +193,7 @@ class _Fields:
 
     def limits(self, low: int, high: int) -> tuple[int, int]:
         """Least and most pixels; min_pixels and max_pixels go before size, as in transformers."""
-        size = self.values.get("size")
+        size = self.fields.get("size")
         if size is None:
             size = {}
         if not isinstance(size, Mapping) or not set(size) <= {*_LEAST, *_MOST}:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexjudge_fast.errors import UnsupportedCheckpointError
+from flexjudge_fast.models.config_fields import refuse_unknown
 
 _SIZES = {  # field of config.json: field of `AudioConfig`
     "num_mel_bins": "num_mel_bins",
@@ -17,23 +18,7 @@ _SIZES = {  # field of config.json: field of `AudioConfig`
     "output_dim": "output_size",
 }
 _FIXED = {"activation_function": "gelu", "scale_embedding": False}
-_HARMLESS = frozenset(
-    [
-        "model_type",
-        "dtype",
-        "torch_dtype",
-        "initializer_range",
-        "init_std",
-        "dropout",
-        "attention_dropout",
-        "activation_dropout",
-        "encoder_layerdrop",
-        "num_hidden_layers",
-        "architectures",
-        "transformers_version",
-        "_name_or_path",
-    ]
-)
+_HARMLESS = frozenset(["dropout", "activation_dropout", "encoder_layerdrop", "num_hidden_layers"])
 
 
 @dataclass(frozen=True)
@@ -69,14 +54,7 @@ def read_audio_config(config: Mapping[str, Any], ignore: Collection[str] = ()) -
         return None
     if not isinstance(audio, Mapping):
         raise UnsupportedCheckpointError("config field audio_config: an object is expected")
-    for name, value in audio.items():
-        known = name in _SIZES or name in _HARMLESS or name in ignore
-        if known or value is None or value is False or _FIXED.get(name) == value:
-            continue
-        raise UnsupportedCheckpointError(
-            f"config field audio_config.{name}={value!r} is unknown or not supported; "
-            f"pass ignore_config=[{name!r}] if it does not change the maths"
-        )
+    refuse_unknown(audio, {*_SIZES, *_HARMLESS}, ignore, "audio_config.", _FIXED)
     sizes = {name: _positive(audio, field) for field, name in _SIZES.items()}
     if sizes["hidden_size"] % (2 * sizes["num_heads"]):
         raise UnsupportedCheckpointError(

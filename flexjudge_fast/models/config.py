@@ -6,8 +6,8 @@ from typing import Any
 
 from flexjudge_fast.errors import UnsupportedCheckpointError
 from flexjudge_fast.layers.rotary import RopeConfig
+from flexjudge_fast.models.config_fields import refuse_unknown
 from flexjudge_fast.models.mol_llama_config import MOL_LLAMA, is_mol_llama
-from flexjudge_fast.models.unknown_field import unknown_field
 from flexjudge_fast.weights.quantization import OWN_CONFIG
 
 _MATHS = frozenset(
@@ -35,37 +35,14 @@ _MATHS = frozenset(
 # Fields of published checkpoints that do not change the logits of a dense decoder.
 _HARMLESS = frozenset(
     [
-        "architectures",
-        "model_type",
-        "dtype",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-        "initializer_range",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "unk_token_id",
-        "sep_token_id",
-        "attention_dropout",
-        "pretraining_tp",
-        "max_window_layers",
-        "sliding_window",
-        "_name_or_path",
-        "name_or_path",
-        "return_dict",
-        "output_hidden_states",
-        "output_attentions",
+        "ignore_index",
         "is_llama_config",
+        "max_window_layers",
+        "name_or_path",
+        "pretraining_tp",
+        "sliding_window",
         "transformers.js_config",
-        "chunk_size_feed_forward",
-        "is_encoder_decoder",
-        "id2label",
-        "label2id",
-        "problem_type",
-        "tokenizer_class",
-        "task_specific_params",
-        "init_std",
+        "unk_token_id",
     ]
 )
 # What surrounds the decoder's own fields in a vision-language checkpoint.
@@ -238,17 +215,13 @@ def _architecture(config: Mapping[str, Any]) -> str:
 
 
 def _refuse_unknown(config: Mapping[str, Any], ignore: Collection[str]) -> None:
-    for name, value in config.items():
-        if name in _MATHS or name in _HARMLESS or name in ignore or value is None or value is False:
-            continue
-        if name == "quantization_config":
-            if value == OWN_CONFIG:
-                continue
-            method = value.get("quant_method") if isinstance(value, Mapping) else value
-            if method == OWN_CONFIG["quant_method"]:
-                method = dict(value)  # ours, but of another version
-            raise UnsupportedCheckpointError(f"config field quantization_config: {method!r} is not supported")
-        raise unknown_field("", name, value)
+    found = config.get("quantization_config")
+    is_read = found is None or found is False or found == OWN_CONFIG or "quantization_config" in ignore
+    if not is_read:
+        if isinstance(found, Mapping) and found.get("quant_method") != OWN_CONFIG["quant_method"]:
+            found = found.get("quant_method")  # else it is ours, but of another version
+        raise UnsupportedCheckpointError(f"config field quantization_config: {found!r} is not supported")
+    refuse_unknown(config, {*_MATHS, *_HARMLESS, "quantization_config"}, ignore)
 
 
 def _read_rope(

@@ -1,6 +1,6 @@
 """Llama's and Qwen2's pre-norm decoder in plain torch: embeddings, blocks, final norm, LM head."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -35,7 +35,10 @@ class Decoder:
     """
 
     def __init__(self, config: DecoderConfig, load: TensorLoader, max_len: int) -> None:
-        self.config = config
+        head_name = load.prefix(_HEADS, "weight") + "weight"
+        # A full dump of a Thinker says "tied", the default of transformers, though its head is stored.
+        is_tied = config.tie_word_embeddings and head_name not in load.checkpoint.tensor_names()
+        self.config = replace(config, tie_word_embeddings=is_tied)
         self.dtype = load.dtype
         table = (config.vocab_size, config.hidden_size)
         prefix = load.prefix(_PREFIXES, "embed_tokens.weight")
@@ -43,12 +46,7 @@ class Decoder:
         self.rotary = Rotary(config.rope, max_len, load.device)
         self.layers = [_load_layer(config, load, f"{prefix}layers.{i}.") for i in range(config.num_layers)]
         self.norm = RMSNorm(load.vector(prefix + "norm.weight", config.hidden_size), config.rms_norm_eps)
-        head = (
-            self.embed.weight
-            if config.tie_word_embeddings
-            else load.weight(load.prefix(_HEADS, "weight") + "weight", table)
-        )
-        self.lm_head = Linear([head])
+        self.lm_head = Linear([self.embed.weight if is_tied else load.weight(head_name, table)])
 
     def forward(self, token_ids: torch.Tensor, inputs: AttentionInput, cache: torch.Tensor) -> torch.Tensor:
         """Run every layer.

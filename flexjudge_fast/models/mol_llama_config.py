@@ -6,78 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from flexjudge_fast.errors import UnsupportedCheckpointError
-from flexjudge_fast.models.unknown_field import unknown_field
+from flexjudge_fast.models.config_fields import refuse_unknown
 from flexjudge_fast.weights.checkpoint import read_json
 
 MOL_LLAMA = "MolLLaMA"
 _ENCODERS = ["unimol", "moleculestm"]
-# Fields that transformers writes into every part, and names of files that were read before the training.
+# Names of files that were read before the training, and what tensors tell or training alone needed.
 _HARMLESS = frozenset(
-    [
-        "_attn_implementation_autoset",
-        "_name_or_path",
-        "architectures",
-        "bad_words_ids",
-        "begin_suppress_tokens",
-        "bos_token_id",
-        "chunk_size_feed_forward",
-        "cross_attention_hidden_size",
-        "decoder_start_token_id",
-        "diversity_penalty",
-        "do_sample",
-        "dtype",
-        "early_stopping",
-        "encoder_no_repeat_ngram_size",
-        "eos_token_id",
-        "exponential_decay_length_penalty",
-        "finetuning_task",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "id2label",
-        "is_decoder",
-        "is_encoder_decoder",
-        "label2id",
-        "length_penalty",
-        "max_length",
-        "min_length",
-        "model_type",
-        "no_repeat_ngram_size",
-        "num_beam_groups",
-        "num_beams",
-        "num_return_sequences",
-        "output_attentions",
-        "output_hidden_states",
-        "output_scores",
-        "pad_token_id",
-        "prefix",
-        "problem_type",
-        "pruned_heads",
-        "remove_invalid_values",
-        "repetition_penalty",
-        "return_dict",
-        "return_dict_in_generate",
-        "sep_token_id",
-        "suppress_tokens",
-        "task_specific_params",
-        "temperature",
-        "tf_legacy_loss",
-        "tie_encoder_decoder",
-        "tie_word_embeddings",
-        "tokenizer_class",
-        "top_k",
-        "top_p",
-        "torch_dtype",
-        "torchscript",
-        "transformers_version",
-        "typical_p",
-        "use_bfloat16",
-        "repo_id",
-        "filename",
-        "weights_filename",
-        "dictionary_filename",
-        "embed_dim",
-        "lora_dropout",
-    ]
+    ["repo_id", "filename", "weights_filename", "dictionary_filename", "embed_dim", "lora_dropout"]
 )
 _BERT_HARMLESS = frozenset(
     [
@@ -85,11 +21,9 @@ _BERT_HARMLESS = frozenset(
         "classifier_dropout",
         "gradient_checkpointing",
         "hidden_dropout_prob",
-        "initializer_range",
         "max_position_embeddings",
         "position_embedding_type",
         "type_vocab_size",
-        "use_cache",
         "vocab_size",
     ]
 )
@@ -149,7 +83,7 @@ def read_mol_llama_config(
     if not is_mol_llama(config):
         return None
     parts = ("llm_config", "graph_encoder_config", "blending_module_config", "qformer_config", "text_config")
-    _refuse_unknown("", config, parts, ignore)
+    refuse_unknown(config, {*parts, *_HARMLESS}, ignore)
     llm = _part(config, "llm_config", ("llm_model", "lora_config"), ignore)
     lora = _part(llm, "lora_config", ("r", "lora_alpha"), ignore)
     graph = _part(
@@ -200,11 +134,7 @@ def _read_qformer(qformer: Mapping[str, Any], folder: Path, ignore: Collection[s
             "put the config.json of this BERT there"
         )
     sizes = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
-    for field, value in bert.items():
-        fixed = (field, value) in (("hidden_act", "gelu"), ("model_type", "bert"))
-        if field in (*sizes, "layer_norm_eps", *_BERT_HARMLESS) or fixed:
-            continue
-        _refuse_unknown("", {field: value}, (), ignore)
+    refuse_unknown(bert, {*sizes, "layer_norm_eps", *_BERT_HARMLESS}, ignore, fixed={"hidden_act": "gelu"})
     layers, hidden, heads, inner = (_positive(bert, field) for field in sizes)
     eps = bert.get("layer_norm_eps", 1e-12)
     if not isinstance(eps, float) or hidden % heads:
@@ -231,17 +161,8 @@ def _part(
         return {}
     if not isinstance(part, Mapping):
         raise UnsupportedCheckpointError(f"config field {name}: an object is expected")
-    _refuse_unknown(name + ".", part, fields, ignore)
+    refuse_unknown(part, {*fields, *_HARMLESS}, ignore, name + ".")
     return part
-
-
-def _refuse_unknown(
-    prefix: str, part: Mapping[str, Any], fields: Collection[str], ignore: Collection[str]
-) -> None:
-    for name, value in part.items():
-        known = name in fields or name in _HARMLESS or name in ignore
-        if not known and value not in (None, False):
-            raise unknown_field(prefix, name, value)
 
 
 def _positive(part: Mapping[str, Any], name: str, default: int | None = None) -> int:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexjudge_fast.errors import UnsupportedCheckpointError
-from flexjudge_fast.models.unknown_field import unknown_field
+from flexjudge_fast.models.config_fields import refuse_unknown
 
 _SIZES = {  # field of config.json: field of `VisionConfig`
     "depth": "num_layers",
@@ -26,20 +26,13 @@ _TOKENS: dict[
     "vision_start_token_id": (("vision_start_token_id",), 151652),
     "vision_end_token_id": (("vision_end_token_id",), 151653),
 }
-_FIXED = {"hidden_act": "silu", "in_channels": 3, "in_chans": 3}
-_HARMLESS = frozenset(
-    [
-        "model_type",
-        "dtype",
-        "torch_dtype",
-        "initializer_range",
-        "init_std",
-        "architectures",
-        "transformers_version",
-        "_name_or_path",
-    ]
-)
-_ROPE = {"rope_type": "axial", "rope_theta": 10000.0}
+_FIXED = {
+    "hidden_act": "silu",
+    "in_channels": 3,
+    "in_chans": 3,
+    "rope_parameters": {"rope_type": "axial", "rope_theta": 10000.0},
+}
+_SAME = {"spatial_patch_size": "patch_size", "embed_dim": "hidden_size"}  # other names of sizes
 
 
 @dataclass(frozen=True)
@@ -93,7 +86,9 @@ def read_vision_config(config: Mapping[str, Any], ignore: Collection[str] = ()) 
         return None
     if not isinstance(vision, Mapping):
         raise UnsupportedCheckpointError("config field vision_config: an object is expected")
-    _refuse_unknown(vision, ignore)
+    known = {*_SIZES, "fullatt_block_indexes", "tokens_per_second"}
+    same = {name: vision.get(other) for name, other in _SAME.items()}
+    refuse_unknown(vision, known, ignore, "vision_config.", {**_FIXED, **same})
     sizes = {name: _positive(vision, field) for field, name in _SIZES.items()}
     head_dim, rest = divmod(sizes["hidden_size"], sizes["num_heads"])
     if rest or head_dim % 4:
@@ -125,27 +120,6 @@ def read_vision_config(config: Mapping[str, Any], ignore: Collection[str] = ()) 
         tokens_per_second=float(speed),
         seconds_per_chunk=float(turn),
     )
-
-
-def _refuse_unknown(vision: Mapping[str, Any], ignore: Collection[str]) -> None:
-    known = {*_SIZES, *_HARMLESS, "fullatt_block_indexes", "tokens_per_second"}
-    for name, value in vision.items():
-        if name in known or name in ignore or value is None or value is False:
-            continue
-        if name in _FIXED:
-            wanted: Any = _FIXED[name]
-        elif name == "spatial_patch_size":
-            wanted = vision.get("patch_size")
-        elif name == "embed_dim":
-            wanted = vision.get("hidden_size")
-        elif name == "rope_parameters":
-            wanted = _ROPE
-        else:
-            raise unknown_field("vision_config.", name, value)
-        if value != wanted:
-            raise UnsupportedCheckpointError(
-                f"config field vision_config.{name}: {value!r}, only {wanted!r} is supported"
-            )
 
 
 def _positive(vision: Mapping[str, Any], name: str) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flexjudge_fast.errors import CheckpointError
+from flexjudge_fast.weights.processor_config import ProcessorConfig
 from flexjudge_fast.weights.tensor import StoredWeight
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -41,13 +42,13 @@ class Checkpoint(ABC):
     def tokenizer_json(self) -> str:
         """The text of a `tokenizer.json`."""
 
-    def processor_configs(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """How images and videos become pixels: the two preprocessors' settings; empty for a text model."""
-        return {}, {}
+    def processor_config(self, kind: str) -> ProcessorConfig:
+        """How media of a kind ("image", "video" or "audio") are prepared; empty for a text model."""
+        return ProcessorConfig("preprocessor_config.json", {})
 
     @abstractmethod
     def weight_files(self) -> Sequence[Path]:
-        """The files that hold weights."""
+        """The files that hold tensors of `tensor_names`."""
 
     def start_hashing(self) -> None:
         """Begin to hash the weights in the background."""
@@ -56,7 +57,11 @@ class Checkpoint(ABC):
             self._hashing.start()
 
     def weights_hash(self) -> str:
-        """`sha256:` of the weight file; of several files, of their sorted lines `name sha256`."""
+        """`sha256:` of the weight file; of several files, of their sorted lines `name sha256`.
+
+        A file that holds a tensor of `tensor_names` counts with all its bytes. Others do not count, such as
+        files with nothing but a Qwen2.5-Omni's talker.
+        """
         self.start_hashing()
         assert self._hashing is not None
         self._hashing.join()

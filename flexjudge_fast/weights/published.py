@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from flexjudge_fast.errors import CheckpointError
 from flexjudge_fast.weights.awq import Awq
@@ -11,6 +10,7 @@ from flexjudge_fast.weights.checkpoint import Checkpoint
 from flexjudge_fast.weights.compressed_tensors import CompressedTensors
 from flexjudge_fast.weights.gptq import Gptq
 from flexjudge_fast.weights.layout import Fields, Layout, Module
+from flexjudge_fast.weights.processor_config import ProcessorConfig
 from flexjudge_fast.weights.safetensors_folder import SafetensorsCheckpoint
 from flexjudge_fast.weights.tensor import DenseTensor, StoredWeight
 
@@ -78,8 +78,8 @@ class PublishedCheckpoint(Checkpoint):
     def tokenizer_json(self) -> str:
         return self._stored.tokenizer_json()
 
-    def processor_configs(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        return self._stored.processor_configs()
+    def processor_config(self, kind: str) -> ProcessorConfig:
+        return self._stored.processor_config(kind)
 
     def weight_files(self) -> Sequence[Path]:
         return self._stored.weight_files()

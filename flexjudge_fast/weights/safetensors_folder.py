@@ -12,13 +12,21 @@ from safetensors import SafetensorError, safe_open
 from flexjudge_fast.errors import CheckpointError, UnsupportedCheckpointError
 from flexjudge_fast.weights.checkpoint import Checkpoint, read_json
 from flexjudge_fast.weights.formats import find_format
+from flexjudge_fast.weights.processor_config import ProcessorConfig
 from flexjudge_fast.weights.tensor import DenseTensor, QuantTensor, Weight
 
 _INDEX = "model.safetensors.index.json"
+_NEVER_READ = ("talker.", "token2wav.")  # what speaks in a whole Qwen2.5-Omni
+# By kind of media: objects of processor_config.json, which transformers 5 writes, and the older file.
+_PROCESSORS = {
+    "image": (("image_processor",), "preprocessor_config.json"),
+    "video": (("video_processor",), "video_preprocessor_config.json"),
+    "audio": (("feature_extractor", "audio_processor"), "preprocessor_config.json"),
+}
 
 
 class SafetensorsCheckpoint(Checkpoint):
-    """Tensors are mapped into memory and read when asked for."""
+    """Tensors are mapped into memory and read when asked for; a talker's and a vocoder's are passed over."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -89,13 +97,16 @@ class SafetensorsCheckpoint(Checkpoint):
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: {error}") from error
 
-    def processor_configs(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        both = read_json(self.path / "processor_config.json")  # of transformers 5; else a file each
-        image = both.get("image_processor") or read_json(self.path / "preprocessor_config.json")
-        video = both.get("video_processor") or read_json(self.path / "video_preprocessor_config.json")
-        if not isinstance(image, dict) or not isinstance(video, dict):
-            raise CheckpointError(f"{self.path / 'processor_config.json'}: its processors must be objects")
-        return image, video
+    def processor_config(self, kind: str) -> ProcessorConfig:
+        names, older = _PROCESSORS[kind]
+        path = self.path / "processor_config.json"
+        given = read_json(path)
+        name = next((name for name in names if given.get(name) is not None), None)
+        if name is None:
+            return ProcessorConfig(older, read_json(self.path / older))
+        if not isinstance(given[name], dict):
+            raise CheckpointError(f"{path}: {name} must be an object")
+        return ProcessorConfig(f"{path.name}, {name}", given[name])
 
     def _open(self, path: Path) -> Any:
         if path not in self._files:
@@ -106,11 +117,14 @@ class SafetensorsCheckpoint(Checkpoint):
         return self._files[path]
 
     def _read_index(self) -> dict[str, Path]:
-        """Which file holds each tensor; what the index says must be what the files hold."""
+        """Which file holds each tensor; what the index says must be what the files hold.
+
+        Files that the index knows to hold nothing that is read need not be there.
+        """
         if not (self.path / _INDEX).exists():
             where: dict[str, Path] = {}
             for file in sorted(self.path.glob("*.safetensors")):
-                for name in self._open(file).keys():  # noqa: SIM118 - not a dict
+                for name in filter(_is_read, self._open(file).keys()):
                     if name in where:
                         raise CheckpointError(f"{file}: tensor {name} is in {where[name].name} too")
                     where[name] = file
@@ -118,19 +132,24 @@ class SafetensorsCheckpoint(Checkpoint):
         weight_map = read_json(self.path / _INDEX, required=True).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{self.path / _INDEX}: weight_map is missing")
-        held: dict[str, set[str]] = {}
-        for shard in set(map(str, weight_map.values())):
+        shards = {name: str(shard) for name, shard in weight_map.items()}
+        for shard in shards.values():
             if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors", shard):
                 raise CheckpointError(f"{self.path / _INDEX}: {shard!r} is not a plain safetensors file name")
+        shards = {name: shard for name, shard in shards.items() if _is_read(name)}
+        held: dict[str, set[str]] = {}
+        for shard in set(shards.values()):
             if not (self.path / shard).exists():
                 raise CheckpointError(f"{self.path / shard}: the shard is missing")
             held[shard] = set(self._open(self.path / shard).keys())
-        for name, shard in weight_map.items():
-            if name not in held[str(shard)]:
-                raise CheckpointError(
-                    f"{self.path / str(shard)}: tensor {name} is missing, the index names it"
-                )
-        return {name: self.path / str(shard) for name, shard in weight_map.items()}
+        for name, shard in shards.items():
+            if name not in held[shard]:
+                raise CheckpointError(f"{self.path / shard}: tensor {name} is missing, the index names it")
+        return {name: self.path / shard for name, shard in shards.items()}
+
+
+def _is_read(name: str) -> bool:
+    return not name.startswith(_NEVER_READ)
 
 
 def _chat_template(path: Path, tokenizer_config: dict[str, Any]) -> str | None:

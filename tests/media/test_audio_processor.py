@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from transformers import WhisperFeatureExtractor
 from flexjudge_fast.errors import InvalidArgumentError, UnsupportedCheckpointError
 from flexjudge_fast.media.audio_processor import AudioProcessor, read_audio_processor
 from flexjudge_fast.media.log_mel import log_mel, mel_filters
+from flexjudge_fast.weights.processor_config import ProcessorConfig
 
 PROCESSOR = AudioProcessor()
 PUBLISHED = {  # of Qwen/Qwen2.5-Omni-7B
@@ -35,6 +37,10 @@ PUBLISHED = {  # of Qwen/Qwen2.5-Omni-7B
     "return_attention_mask": True,
     "sampling_rate": 16000,
 }
+
+
+def read(fields: dict[str, Any]) -> AudioProcessor:
+    return read_audio_processor(ProcessorConfig("preprocessor_config.json", fields))
 
 
 def extractor(processor: AudioProcessor) -> WhisperFeatureExtractor:
@@ -135,9 +141,9 @@ def test_what_is_no_sound_is_refused(samples: NDArray[np.float32]) -> None:
 
 
 def test_the_published_configuration() -> None:
-    assert read_audio_processor(PUBLISHED) == read_audio_processor({}) == PROCESSOR
+    assert read(PUBLISHED) == read({}) == PROCESSOR
     changed = {**PUBLISHED, "chunk_length": 30, "n_samples": 480_000, "nb_max_frames": None}
-    assert read_audio_processor(changed) == replace(PROCESSOR, chunk_length=30)
+    assert read(changed) == replace(PROCESSOR, chunk_length=30)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +174,7 @@ def test_the_published_configuration() -> None:
 )
 def test_what_is_not_supported_is_named(name: str, value: object) -> None:
     with pytest.raises(UnsupportedCheckpointError, match=rf"^preprocessor_config.json: field {name}: "):
-        read_audio_processor({**PUBLISHED, name: value})
+        read({**PUBLISHED, name: value})
 
 
 @pytest.mark.parametrize("count", [1, 1601, 8000, 16001])

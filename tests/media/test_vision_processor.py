@@ -12,6 +12,7 @@ from flexjudge_fast.errors import MediaError, UnsupportedCheckpointError
 from flexjudge_fast.media.items import MediaOptions
 from flexjudge_fast.media.smart_resize import smart_resize
 from flexjudge_fast.media.vision_processor import VisionProcessor, read_vision_processor
+from flexjudge_fast.weights.processor_config import ProcessorConfig
 
 CLIP = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
@@ -28,16 +29,23 @@ VIDEO = {**NEW, "fps": 2.0, "min_frames": 4, "max_frames": 768, "do_sample_frame
 PUBLISHED = VisionProcessor(max_pixels=12845056)
 
 
+def read(image, video):
+    return read_vision_processor(
+        ProcessorConfig("preprocessor_config.json", image),
+        ProcessorConfig("video_preprocessor_config.json", video),
+    )
+
+
 def test_published_files():
     older = {**OLD, "size": {"min_pixels": 3136, "max_pixels": 12845056}}
     for image in (OLD, NEW, older):
         for video in ({}, OLD, VIDEO):
-            assert read_vision_processor(image, video) == PUBLISHED
-    assert read_vision_processor({}, {}) == VisionProcessor()
+            assert read(image, video) == PUBLISHED
+    assert read({}, {}) == VisionProcessor()
 
 
 def test_fields_are_read():
-    got = read_vision_processor(
+    got = read(
         {"patch_size": 16, "merge_size": 1, "min_pixels": 10, "max_pixels": 20, "image_mean": [0, 0.5, 1]},
         {
             "patch_size": 16,
@@ -81,7 +89,7 @@ def test_what_cannot_be_computed_is_refused(changed, field):
     with pytest.raises(
         UnsupportedCheckpointError, match=rf"^preprocessor_config.json: field (size\.)?{field}"
     ):
-        read_vision_processor({**OLD, **changed}, {})
+        read({**OLD, **changed}, {})
 
 
 @pytest.mark.parametrize(
@@ -96,7 +104,7 @@ def test_what_cannot_be_computed_is_refused(changed, field):
 )
 def test_video_that_differs_is_refused(video, field):
     with pytest.raises(UnsupportedCheckpointError, match=f"^video_preprocessor_config.json: field {field}"):
-        read_vision_processor(OLD, video)
+        read(OLD, video)
 
 
 def test_smart_resize_is_transformers():

@@ -1,11 +1,14 @@
 """Qwen2.5-Omni's Thinker: logits and greedy tokens of transformers for sound, images and heard video."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from flexjudge_fast import Engine, SamplingParams
 from flexjudge_fast.engine.engine import EngineInput
+from flexjudge_fast.errors import CheckpointError, MediaError
 from flexjudge_fast.media.items import MediaItem, MediaOptions
 from tests.models import AUDIO_PREPROCESSOR, PREPROCESSOR, write_omni_checkpoint
 from tests.parity.test_vision_language import clip, picture, video_patches
@@ -189,6 +192,59 @@ def test_the_whole_checkpoint(tmp_path):
             assert list(engine.generate([prompt], GREEDY)[0].token_ids) == tokens
         else:
             assert 1e-4 < (engine.logits(prompt) - logits).abs().max() < 10  # its layers are quantised
+
+
+@pytest.fixture
+def newer(tiny, tmp_path):
+    """The folder, and the settings that transformers 5 writes into its processor_config.json."""
+    from transformers import WhisperFeatureExtractor
+
+    for path in tiny[0].iterdir():
+        if path.name != "preprocessor_config.json":
+            (tmp_path / path.name).symlink_to(path)
+    sounds = WhisperFeatureExtractor(
+        feature_size=128, hop_length=200, n_fft=512, chunk_length=30, return_attention_mask=True
+    )
+    return tmp_path, {
+        "image_processor": PREPROCESSOR,
+        "feature_extractor": json.loads(sounds.to_json_string()),
+    }
+
+
+def test_settings_of_newer_checkpoints(newer):
+    """What is not the default shows in the frames of a sound; longer ones than asked for are refused."""
+    from transformers import WhisperFeatureExtractor
+
+    folder, settings = newer
+    (folder / "processor_config.json").write_text(json.dumps(settings))
+    samples = sound(1.3)
+    wanted = WhisperFeatureExtractor(**settings["feature_extractor"])(
+        samples, sampling_rate=RATE, return_attention_mask=True, return_tensors="np"
+    )
+    count = int(wanted["attention_mask"].sum())
+    with Engine.from_pretrained(folder, kv_cache_memory="32MiB") as engine:
+        (found,) = engine.read_media([MediaItem("audio", (samples, RATE))], MediaOptions())
+        np.testing.assert_allclose(
+            found.result().features, wanted["input_features"][0, :, :count], rtol=0, atol=1e-6
+        )
+        (longer,) = engine.read_media([MediaItem("audio", (sound(31), RATE))], MediaOptions())
+        with pytest.raises(MediaError):
+            longer.result()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("dither", 0.1, r"^processor_config\.json, feature_extractor: field dither: 0\.1"),
+        ("feature_size", 80, "feature_size is 80 in processor_config.json, feature_extractor, 128 in config"),
+    ],
+)
+def test_settings_of_newer_checkpoints_are_checked(newer, field, value, message):
+    folder, settings = newer
+    settings["feature_extractor"][field] = value
+    (folder / "processor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=message):
+        Engine.from_pretrained(folder, kv_cache_memory="32MiB")
 
 
 def test_same_bits_in_any_company(tiny):

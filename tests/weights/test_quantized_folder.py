@@ -14,7 +14,7 @@ from flexjudge_fast.weights.checkpoint import open_checkpoint
 from flexjudge_fast.weights.quantization import QUANTIZATIONS, find_quantization
 from flexjudge_fast.weights.quantized_folder import write_folder
 from flexjudge_fast.weights.tensor import QuantTensor
-from tests.models import write_checkpoint
+from tests.models import write_checkpoint, write_omni_checkpoint
 
 PROMPTS = ["The quick brown fox", "0123", "x"]
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -196,3 +196,17 @@ def test_shards_are_indexed(dense, tmp_path, monkeypatch):
         with safe_open(path, framework="pt") as file:
             assert {index[name] for name in file.keys()} == {path.name}  # noqa: SIM118 - not a dict
     assert greedy(out)[0] == greedy(dense, "int8")[0]
+
+
+@pytest.mark.parametrize("to", ["int8", "keep"])
+def test_of_a_whole_omni_the_thinker_is_written(tmp_path, to):
+    """Neither NaN nor integers of its talker and vocoder stop it, and the folder runs as the whole does."""
+    source, out = tmp_path / "whole", tmp_path / "out"
+    write_omni_checkpoint(source, whole=True, seed=6)
+    write_folder(open_checkpoint(source), out, find_quantization(to))
+    stored = {name for path in out.glob("*.safetensors") for name in load_file(path)}
+    assert stored == set(open_checkpoint(source).tensor_names())
+    assert stored and all(name.startswith("thinker.") for name in stored)
+    tokens, logits = greedy(out)
+    want_tokens, want_logits = greedy(source, None if to == "keep" else to)
+    assert tokens == want_tokens and torch.equal(logits, want_logits)
