@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from flexjudge_fast.errors import MediaError
 from flexjudge_fast.media.audio_limits import AudioLimits
-from flexjudge_fast.media.container import Deadline, open_container
+from flexjudge_fast.media.container import Deadline, open_container, processor_time
 from flexjudge_fast.media.sample_types import to_float32
 
 # No demuxer of this list opens a second file.
@@ -60,7 +60,7 @@ def warm_up() -> None:
 def messages(file: BinaryIO, request: dict[str, Any]) -> Iterator[tuple[dict[str, Any], bytes]]:
     """What `decode` yields, as headers and payloads for `media/worker.py`."""
     limits = AudioLimits(**request["limits"])
-    for part in decode(file, limits):
+    for part in _promptly(decode(file, limits), limits.patience):
         if isinstance(part, Start):
             yield {"start": {"rate": part.rate, "channels": part.channels, "mode": part.mode}}, b""
             continue
@@ -69,6 +69,16 @@ def messages(file: BinaryIO, request: dict[str, Any]) -> Iterator[tuple[dict[str
             data = np.ascontiguousarray(part[i : i + rows], dtype="<f4").tobytes()
             yield {"block": len(data)}, data
     yield {"end": True}, b""
+
+
+def _promptly(parts: Iterator[Part], seconds: float) -> Iterator[Part]:
+    """The same parts, each within so many seconds of processor time, or this process ends."""
+    while True:
+        with processor_time(seconds):
+            part = next(parts, None)
+        if part is None:
+            return
+        yield part
 
 
 def decode(file: BinaryIO, limits: AudioLimits) -> Iterator[Part]:

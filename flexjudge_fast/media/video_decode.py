@@ -17,7 +17,7 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from flexjudge_fast.errors import MediaError
-from flexjudge_fast.media.container import Deadline, open_container
+from flexjudge_fast.media.container import Deadline, open_container, processor_time
 from flexjudge_fast.media.video_limits import VideoLimits
 from flexjudge_fast.media.video_sampling import (
     FrameBudget,
@@ -154,7 +154,8 @@ def _is_cover(stream: Any) -> bool:
 
 def survey_packets(file: BinaryIO, limits: VideoLimits, deadline: Deadline) -> Survey:
     """Counts packets and reads their time stamps; decodes nothing but what the container's header needs."""
-    container, stream = open_video(file, limits)
+    with processor_time(limits.patience):
+        container, stream = open_video(file, limits)
     with container:
         total, first, last, end = 0, None, None, 0
         for packet in container.demux(stream):
