@@ -44,7 +44,7 @@ def prepare_audio(
     """
     sound = load_sound(item, processor, decoder, allow_remote)
     features = log_mel(sound.samples, processor)
-    key = audio_key(samples=sound.digest, rate=sound.rate, mode=sound.mode, processor=processor, salt=salt)
+    key = audio_key(samples=sound.digest, rate=sound.rate, processor=processor, salt=salt)
     seconds = len(sound.samples) / sound.sampling_rate
     return PreparedAudio("audio", key, features, processor.num_tokens(features.shape[1]), seconds)
 

@@ -110,6 +110,17 @@ def test_sources_of_one_file(decoder: AudioDecoder, tmp_path: Path) -> None:
     assert found[0].features.shape == (128, 50) and found[0].num_tokens == 12
 
 
+def test_sources_of_the_same_samples(decoder: AudioDecoder) -> None:
+    """How samples are stored is no part of the key."""
+    samples = np.round(tones(4000, 16_000, 2) * 32767).astype(np.int16)
+    floats = (samples / 32768).astype(np.float32)
+    sources: list[object] = [make_sound(name, samples, 16_000) for name in ("wav", "flac", "aiff")]
+    sources += [make_sound("wav-float", floats, 16_000), (samples, 16_000), (floats, 16_000)]
+    found = [prepare(decoder, source) for source in sources]
+    assert len({audio.key for audio in found}) == 1
+    assert all(np.array_equal(audio.features, found[0].features) for audio in found)
+
+
 TYPES = {
     "uint8": lambda x: np.round(x * 127 + 128).astype(np.uint8),
     "int16": lambda x: np.round(x * 32767).astype(np.int16),
