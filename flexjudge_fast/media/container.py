@@ -64,3 +64,8 @@ def open_container(
 
 def _refuse_to_open(url: str, flags: int, options: dict[str, str]) -> BinaryIO:
     raise MediaError("it refers to another file")
+
+
+def video_streams(container: Any) -> list[Any]:
+    """Its streams that are videos, and not the picture on a cover."""
+    return [s for s in container.streams.video if "attached_pic" not in str(s.disposition)]
