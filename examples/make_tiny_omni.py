@@ -1,14 +1,19 @@
 """Writes a tiny Thinker of Qwen2.5-Omni with random weights: something to try sound with, no judge.
 
 python examples/make_tiny_omni.py tiny-omni
+
+A recording for it, melody.wav, comes with it.
 """
 
 import sys
 from pathlib import Path
 from typing import Any
 
+import soundfile
+
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
 import make_tiny_vl as vl
+from judge_sounds import melody
 
 AUDIO_TOKENS = ["<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]
 FIRST_AUDIO_ID = 256 + len(vl.CONTROL_TOKENS)
@@ -112,4 +117,5 @@ if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     write(Path(sys.argv[1]))
-    print(f"{sys.argv[1]}: random weights, no judge")
+    soundfile.write(Path(sys.argv[1], "melody.wav"), *melody(262, 330, 392))
+    print(f"{sys.argv[1]}: random weights, no judge; melody.wav: something to hear")

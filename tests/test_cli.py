@@ -87,6 +87,24 @@ def test_molecules_from_the_shell(tmp_path):
     assert wrong.returncode == 2 and "molecules[0]: 'CCX': no SMILES" in wrong.stderr
 
 
+def example(name, *args):
+    """What an example prints, run as a user runs it."""
+    path = Path(__file__).parents[1] / "examples" / name
+    command = [sys.executable, str(path), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+def test_sounds_from_the_shell(tmp_path):
+    """The commands of the README."""
+    assert "melody.wav" in example("make_tiny_omni.py", tmp_path)
+    given = ("--response-audio", tmp_path / "melody.wav", "--model", tmp_path, "--max-think-tokens", 4)
+    shown = flexjudge("score", "Hum a melody.", *given, "--json")
+    assert json.loads(shown.stdout)["finish_reason"] == "answer"
+    lines = example("judge_sounds.py").splitlines()  # makes such a model itself
+    assert [line.split(":")[0] for line in lines[-3:-1]] == ["<Verdict pair", "<Verdict choice"]
+    assert lines[-1] == "2 recordings encoded"
+
+
 def test_run_keeps_going_and_resumes(model, tmp_path):
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     rows = [

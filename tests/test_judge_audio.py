@@ -18,6 +18,7 @@ from flexjudge_fast import (
     UnsupportedMediaError,
 )
 from flexjudge_fast.media import reader
+from tests.media.videos import make_video
 from tests.models import write_omni_checkpoint, write_vision_checkpoint
 from tests.test_judge_media import QUICK, clip, picture, plain
 
@@ -99,12 +100,17 @@ def test_recordings_of_one_length_are_never_mixed_up(folder, judge):
 
 
 def test_every_source_of_a_recording_is_the_same(judge, tmp_path):
+    """Encoded once; and since draws depend on its key, one seed draws the same."""
     samples = (tone(440) * 32767).round().astype(np.int16)  # what a WAV file holds
     path = tmp_path / "a.flac"
     path.write_bytes(wav(samples, kind="FLAC"))
     sources = [wav(samples), path, str(path), {"array": samples, "sampling_rate": RATE}]
-    verdicts = [judge.score("Q", "A", audios=[source], temperature=0, **QUICK) for source in sources]
-    assert len({json.dumps(v.score_probs) for v in verdicts}) == 1
+    sources.append(((samples / 32768).astype(np.float32), RATE))
+    for temperature in (0, 0.8):
+        given = {"temperature": temperature, "seed": 3, **QUICK}
+        verdicts = [judge.score("Q", "A", audios=[source], **given) for source in sources]
+        assert all(plain(verdict) == plain(verdicts[0]) for verdict in verdicts)
+    assert judge.engine.stats().num_encoded_media == 1
 
 
 @pytest.mark.parametrize(
@@ -118,15 +124,20 @@ def test_every_source_of_a_recording_is_the_same(judge, tmp_path):
         {"audios": ("https://example.com/a.wav",)},
         {"videos": (clip(1),), "use_audio_in_video": True},
         {"videos": ([picture(0, 96, 64)] * 2,), "use_audio_in_video": True},
+        {"videos": (make_video(),), "use_audio_in_video": True},
     ],
 )
-def test_a_bad_recording_fails_alone(judge, bad):
+def test_a_bad_recording_fails_alone(folder, judge, bad):
+    """The others' verdicts are those of an engine that never saw it."""
     good = [Judgement("score", f"Q{i}", ("A",), audios=((tone(300 + i), RATE),), **QUICK) for i in range(3)]
-    wanted = [plain(v) for v in sorted(judge.run(good), key=lambda v: v.index)]
+    with Engine.from_pretrained(folder, kv_cache_memory="128MiB") as engine:
+        wanted = [plain(v) for v in sorted(Judge(engine).run(good), key=lambda v: v.index)]
     found = {v.index: v for v in judge.run([good[0], Judgement("score", "Q", ("A",), **bad), *good[1:]])}
     assert found[1].finish_reason == "error"
     assert found[1].error.startswith(f"MediaError: {next(iter(bad))}[0]")
     assert [plain(found[i]) for i in (0, 2, 3)] == wanted
+    if bad.get("use_audio_in_video"):
+        assert "use_audio_in_video=False" in found[1].error
     with pytest.raises(MediaError):
         judge.score("Q", "A", **bad)
 

@@ -63,9 +63,11 @@ class MediaInput:
 
     def _offsets(self, media: PreparedMedia) -> "np.ndarray[tuple[int, ...], np.dtype[np.int64]]":
         time, height, width = media.grid
-        merge = self.vision.merge_size
-        step = self.vision.tokens_per_second * media.seconds_per_grid if media.kind == "video" else 1.0
-        return grid_offsets((time, height // merge, width // merge), step)
+        grid = (time, height // self.vision.merge_size, width // self.vision.merge_size)
+        seconds, speed = media.seconds_per_grid, self.vision.tokens_per_second
+        # As in transformers: Qwen2.5-VL multiplies time by positions a step, Qwen2.5-Omni by seconds first.
+        scales = (speed * seconds,) if self.audio is None else (seconds, speed)
+        return grid_offsets(grid, *scales)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def prepare_audio(
     """
     sound = load_sound(item, processor, decoder, allow_remote)
     features = log_mel(sound.samples, processor)
-    key = audio_key(samples=sound.digest, rate=sound.rate, mode=sound.mode, processor=processor, salt=salt)
+    key = audio_key(samples=sound.digest, rate=sound.rate, processor=processor, salt=salt)
     seconds = len(sound.samples) / sound.sampling_rate
     return PreparedAudio("audio", key, features, processor.num_tokens(features.shape[1]), seconds)
 
@@ -57,10 +57,12 @@ def load_sound(
     Sources: a path, bytes, a `data:` URL in base64, an http(s) URL if `allow_remote`; samples and their rate
     as a tuple or as a mapping with "array" and "sampling_rate". Samples are a numpy array or a torch tensor,
     [num_samples] or two-dimensional, whose smaller dimension is the channels. If `item.kind` is "video", the
-    file is a video and its first sound track is taken, whatever time it begins at.
+    file is a video and its first sound track is taken, from the time of the video's first frame on: where the
+    track begins later, it is preceded by silence.
 
     - Channels are averaged; other rates are resampled by soxr (HQ).
-    - uint8, int16 and int32 are scaled to -1..1; float32 and float64 are kept, also somewhat beyond -1..1.
+    - uint8, int16 and int32 are scaled to -1..1; floats (of a tensor, bfloat16, too) are kept, also somewhat
+      beyond -1..1.
     - NaN, infinite values and values beyond -16..16 are refused.
     - Silence and very short sound are sound; too short for one token, it is followed by silence.
     - What lasts longer than the processor's `chunk_length` or the decoder's limit is refused, not cut.
@@ -81,7 +83,7 @@ def load_sound(
         if isinstance(source, np.ndarray | torch.Tensor):
             raise MediaError("give samples with their rate: (samples, rate)")
         file = _file(source, limits, allow_remote)
-        return decoder.decode(file, processor.sampling_rate, limits)
+        return decoder.decode(file, processor.sampling_rate, limits, of_video=item.kind == "video")
     except MediaError as error:
         raise MediaError(f"{item.name or item.kind}: {_describe(source)}: {error}") from error
 
@@ -103,14 +105,16 @@ def _samples_and_rate(source: tuple[Any, ...] | Mapping[str, Any]) -> tuple[Samp
     if len(source) != 2:
         raise MediaError(f"a tuple of {len(source)}; give (samples, rate)")
     given, rate = source
-    if isinstance(rate, np.ndarray | torch.Tensor):
+    if isinstance(rate, np.ndarray | torch.Tensor) and rate.ndim:
         raise MediaError("the other way round: give (samples, rate)")
     if not isinstance(rate, int | float | np.integer | np.floating) or isinstance(rate, bool):
-        raise MediaError(f"a rate of type {type(rate).__name__}; give (samples, rate)")
+        raise MediaError(f"a rate of type {type(rate).__name__}; give a plain number: (samples, rate)")
     if isinstance(given, torch.Tensor):
-        check_type(str(given.dtype).removeprefix("torch."))  # numpy has no bfloat16
         if given.layout is not torch.strided:
             raise MediaError(f"samples in a tensor of layout {given.layout}; give a dense one")
+        if given.dtype is torch.bfloat16:  # numpy has none
+            given = given.float()
+        check_type(str(given.dtype).removeprefix("torch."))
         given = given.detach().cpu().numpy()
     if not isinstance(given, np.ndarray):
         raise MediaError(f"samples of type {type(given).__name__}; give a numpy array or a torch tensor")

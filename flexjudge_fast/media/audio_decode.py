@@ -5,6 +5,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, BinaryIO
 
 import av
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from flexjudge_fast.errors import MediaError
 from flexjudge_fast.media.audio_limits import AudioLimits
-from flexjudge_fast.media.container import Deadline, open_container
+from flexjudge_fast.media.container import Deadline, open_container, processor_time, video_streams
 from flexjudge_fast.media.sample_types import to_float32
 
 # No demuxer of this list opens a second file.
@@ -45,7 +46,8 @@ class Start:
     mode: str
 
 
-Part = Start | NDArray[np.float32]
+_Block = NDArray[np.float32]
+Part = Start | _Block
 
 
 def warm_up() -> None:
@@ -53,14 +55,14 @@ def warm_up() -> None:
     limits = AudioLimits()
     with open("/dev/null", "rb", buffering=0) as nothing, suppress(soundfile.LibsndfileError):
         next(_with_soundfile(nothing, limits))
-    for _ in _with_ffmpeg(io.BytesIO(_TINY), limits, Deadline(limits.timeout)):
+    for _ in _with_ffmpeg(io.BytesIO(_TINY), limits, of_video=False):
         pass
 
 
 def messages(file: BinaryIO, request: dict[str, Any]) -> Iterator[tuple[dict[str, Any], bytes]]:
     """What `decode` yields, as headers and payloads for `media/worker.py`."""
     limits = AudioLimits(**request["limits"])
-    for part in decode(file, limits):
+    for part in _promptly(decode(file, limits, request["of_video"]), limits.patience):
         if isinstance(part, Start):
             yield {"start": {"rate": part.rate, "channels": part.channels, "mode": part.mode}}, b""
             continue
@@ -71,11 +73,22 @@ def messages(file: BinaryIO, request: dict[str, Any]) -> Iterator[tuple[dict[str
     yield {"end": True}, b""
 
 
-def decode(file: BinaryIO, limits: AudioLimits) -> Iterator[Part]:
+def _promptly(parts: Iterator[Part], seconds: float) -> Iterator[Part]:
+    """The same parts, each within so many seconds of processor time, or this process ends."""
+    while True:
+        with processor_time(seconds):
+            part = next(parts, None)
+        if part is None:
+            return
+        yield part
+
+
+def decode(file: BinaryIO, limits: AudioLimits, of_video: bool = False) -> Iterator[Part]:
     """A `Start`, then blocks float32 [num_samples, channels], of any length, each good until the next.
 
     Args:
         file: unbuffered, as libsndfile reads from its descriptor.
+        of_video: it is a video, with whose first frame its sound is to begin.
 
     Raises:
         MediaError: broken, without sound, of a container or codec that is not read, or over a limit.
@@ -83,7 +96,7 @@ def decode(file: BinaryIO, limits: AudioLimits) -> Iterator[Part]:
     """
     deadline = Deadline(limits.timeout)
     started, count = None, 0
-    for part in _parts(file, limits, deadline):
+    for part in _parts(file, limits, of_video):
         deadline.check()
         if isinstance(part, Start):
             limits.check_format(part.rate, part.channels)
@@ -97,10 +110,11 @@ def decode(file: BinaryIO, limits: AudioLimits) -> Iterator[Part]:
         raise MediaError("it holds no samples")
 
 
-def _parts(file: BinaryIO, limits: AudioLimits, deadline: Deadline) -> Iterator[Part]:
+def _parts(file: BinaryIO, limits: AudioLimits, of_video: bool) -> Iterator[Part]:
     file.seek(0)
     head = file.read(4)
-    if head.startswith(_BEGINS) or (head[:1] == b"\xff" and head[1:2] >= b"\xe0"):
+    is_known = head.startswith(_BEGINS) or (head[:1] == b"\xff" and head[1:2] >= b"\xe0")
+    if is_known and not of_video:
         started = False
         try:
             for part in _with_soundfile(file, limits):
@@ -111,7 +125,7 @@ def _parts(file: BinaryIO, limits: AudioLimits, deadline: Deadline) -> Iterator[
             if started:
                 raise MediaError(f"it cannot be decoded: {error.error_string}") from error
     try:
-        yield from _with_ffmpeg(file, limits, deadline)
+        yield from _with_ffmpeg(file, limits, of_video)
     except av.FFmpegError as error:
         if isinstance(error, MemoryError):
             raise
@@ -132,10 +146,11 @@ def _with_soundfile(file: BinaryIO, limits: AudioLimits) -> Iterator[Part]:
             yield buffer[:count]
 
 
-def _with_ffmpeg(file: BinaryIO, limits: AudioLimits, deadline: Deadline) -> Iterator[Part]:
+def _with_ffmpeg(file: BinaryIO, limits: AudioLimits, of_video: bool) -> Iterator[Part]:
     with open_container(file, CONTAINERS, CODECS, {}) as container:
         if not container.streams.audio:
-            raise MediaError("it holds no sound")
+            hint = "; give a video with a sound track, or use_audio_in_video=False" if of_video else ""
+            raise MediaError("it holds no sound" + hint)
         stream = container.streams.audio[0]
         context = stream.codec_context
         if context is None or context.name not in CODECS:
@@ -144,19 +159,50 @@ def _with_ffmpeg(file: BinaryIO, limits: AudioLimits, deadline: Deadline) -> Ite
         context.options = {"max_samples": str(_MAX_PACKET)}
         if stream.duration and stream.time_base:
             limits.check_seconds(float(stream.duration * stream.time_base))
-        start = None
-        for frame in container.decode(stream):
-            found = Start(frame.sample_rate, frame.layout.nb_channels, context.name)
-            if start is None:
-                limits.check_format(found.rate, found.channels)
-                start = found
-                yield start
-            if found != start:
-                raise MediaError("its rate or its channels change on the way")
-            yield _block(frame, found.channels)
+        frames = container.decode(stream)
+        first = next(frames, None)
+        if first is None:
+            return
+        start = _start(first, context.name)
+        limits.check_format(start.rate, start.channels)
+        yield start
+        delay = _delay(container, first) if of_video else 0.0
+        limits.check_seconds(delay)
+        yield from _shifted(_blocks(chain([first], frames), start), round(delay * start.rate), start.channels)
 
 
-def _block(frame: Any, channels: int) -> NDArray[np.float32]:
+def _start(frame: Any, codec: str) -> Start:
+    return Start(frame.sample_rate, frame.layout.nb_channels, codec)
+
+
+def _delay(container: Any, frame: Any) -> float:
+    """Seconds from a video's start to its first samples; 0 where the file does not tell."""
+    seen = next(iter(video_streams(container)), None)
+    if seen is None or seen.start_time is None or frame.time is None:
+        return 0.0
+    return float(frame.time - seen.start_time * seen.time_base)
+
+
+def _shifted(blocks: Iterator[_Block], count: int, channels: int) -> Iterator[_Block]:
+    """The same samples behind so many of silence; of a negative number, without the first ones."""
+    rows = max(_BLOCK // channels, 1)
+    for i in range(0, count, rows):
+        yield np.zeros((min(rows, count - i), channels), np.float32)
+    skipped = max(-count, 0)
+    for block in blocks:
+        if skipped < len(block):
+            yield block[skipped:]
+        skipped = max(skipped - len(block), 0)
+
+
+def _blocks(frames: Iterator[Any], start: Start) -> Iterator[_Block]:
+    for frame in frames:
+        if _start(frame, start.mode) != start:
+            raise MediaError("its rate or its channels change on the way")
+        yield _block(frame, start.channels)
+
+
+def _block(frame: Any, channels: int) -> _Block:
     """float32 [num_samples, channels] of FFmpeg's planar or interleaved samples."""
     array: NDArray[np.generic] = frame.to_ndarray()
     return to_float32(array.T if frame.format.is_planar else array.reshape(-1, channels))

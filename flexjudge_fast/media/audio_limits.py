@@ -22,6 +22,7 @@ class AudioLimits:
         max_seconds: of the sound.
         max_channels: of the sound.
         max_memory_bytes: of the process that decodes, all in all.
+        patience: seconds of processor time until the first samples, and from some samples to the next.
         timeout: seconds of wall-clock and of processor time for one sound.
     """
 
@@ -30,6 +31,7 @@ class AudioLimits:
     max_seconds: float = 300.0
     max_channels: int = 8
     max_memory_bytes: int = 224 << 20
+    patience: float = 0.7
     timeout: float = 30.0
 
     def check_file(self, num_bytes: int) -> None:

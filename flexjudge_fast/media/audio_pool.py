@@ -26,12 +26,20 @@ class AudioDecoder(WorkerPool):
         self.limits = limits or AudioLimits()
         super().__init__("flexjudge_fast.media.audio_decode", self.limits.max_memory_bytes, num_workers)
 
-    def decode(self, source: FileSource, sampling_rate: int, limits: AudioLimits | None = None) -> Sound:
+    def decode(
+        self,
+        source: FileSource,
+        sampling_rate: int,
+        limits: AudioLimits | None = None,
+        of_video: bool = False,
+    ) -> Sound:
         """The first sound track of a sound or video file, mono, at `sampling_rate`.
 
         Args:
             source: path or bytes.
             limits: of this file, where they differ from the decoder's.
+            of_video: it is a video, with whose first frame its sound is to begin: a track that begins later
+                follows silence, what is before the frame is cut.
 
         Raises:
             MediaError: it cannot be read, is broken or over a limit; or decoding it crashed or hung.
@@ -39,7 +47,8 @@ class AudioDecoder(WorkerPool):
         """
         limits = limits or self.limits
         reply = _Reply(sampling_rate, limits)
-        self.run(source, limits.check_file, {"limits": asdict(limits)}, reply, limits.timeout)
+        request = {"limits": asdict(limits), "of_video": of_video}
+        self.run(source, limits.check_file, request, reply, limits.timeout)
         assert reply.sound is not None
         return reply.sound
 

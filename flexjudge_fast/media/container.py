@@ -1,7 +1,9 @@
 """Opens untrusted containers with PyAV, of listed kinds only; runs in the worker processes only."""
 
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 import av
@@ -19,6 +21,20 @@ class Deadline:
     def check(self) -> None:
         if time.monotonic() > self.end:
             raise MediaError(f"decoding takes longer than {self.timeout:g} s")
+
+
+@contextmanager
+def processor_time(seconds: float) -> Iterator[None]:
+    """The kernel ends this process (SIGPROF) where what is inside takes more processor time than that.
+
+    Native code that looks for something in a large file gives Python no chance to look at a clock. It is not
+    wall-clock time, so a file is not refused because the machine is busy.
+    """
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
 
 
 def open_container(
@@ -48,3 +64,8 @@ def open_container(
 
 def _refuse_to_open(url: str, flags: int, options: dict[str, str]) -> BinaryIO:
     raise MediaError("it refers to another file")
+
+
+def video_streams(container: Any) -> list[Any]:
+    """Its streams that are videos, and not the picture on a cover."""
+    return [s for s in container.streams.video if "attached_pic" not in str(s.disposition)]

@@ -132,19 +132,19 @@ class SampleDigest:
         return fields.digest()
 
 
-def audio_key(*, samples: bytes, rate: int, mode: str, processor: AudioProcessor, salt: bytes) -> bytes:
+def audio_key(*, samples: bytes, rate: int, processor: AudioProcessor, salt: bytes) -> bytes:
     """The key of a sound under the settings that shape its embeddings: 32 bytes.
+
+    How the source stored its samples is no part of it: equal samples have equal embeddings.
 
     Args:
         samples: `SampleDigest` of what was decoded, before mixing and resampling.
         rate: samples per second of the source.
-        mode: how the source stored its samples, such as "int16" or "aac".
         processor: all its fields.
         salt: what else the embeddings depend on: the model, its dtype.
     """
-    fields = _Fields("flexjudge audio 1")
+    fields = _Fields("flexjudge audio 2")
     fields.put("salt", salt)
-    fields.put("mode", mode.encode())
     fields.put("samples", samples)
     fields.integers("rate", [rate])
     for name, value in asdict(processor).items():

@@ -17,7 +17,7 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from flexjudge_fast.errors import MediaError
-from flexjudge_fast.media.container import Deadline, open_container
+from flexjudge_fast.media.container import Deadline, open_container, processor_time, video_streams
 from flexjudge_fast.media.video_limits import VideoLimits
 from flexjudge_fast.media.video_sampling import (
     FrameBudget,
@@ -134,7 +134,7 @@ def open_video(file: BinaryIO, limits: VideoLimits) -> tuple[Any, Any]:
     """The container and its video stream, headers within limits; nothing but `file` is ever opened."""
     options = {"max_pixels": str(limits.max_frame_pixels), "threads": "1"}
     container = open_container(file, CONTAINERS, CODECS, options)
-    streams = [s for s in container.streams.video if not _is_cover(s)]
+    streams = video_streams(container)
     if not streams:
         raise MediaError("it holds no video")
     stream = streams[0]
@@ -148,13 +148,10 @@ def open_video(file: BinaryIO, limits: VideoLimits) -> tuple[Any, Any]:
     return container, stream
 
 
-def _is_cover(stream: Any) -> bool:
-    return "attached_pic" in str(stream.disposition)
-
-
 def survey_packets(file: BinaryIO, limits: VideoLimits, deadline: Deadline) -> Survey:
     """Counts packets and reads their time stamps; decodes nothing but what the container's header needs."""
-    container, stream = open_video(file, limits)
+    with processor_time(limits.patience):
+        container, stream = open_video(file, limits)
     with container:
         total, first, last, end = 0, None, None, 0
         for packet in container.demux(stream):

@@ -18,6 +18,7 @@ class VideoLimits:
         max_decoded_pixels: of all decoded frames together.
         max_output_bytes: of the sampled, resized frames, 3 bytes a pixel.
         max_memory_bytes: of the process that decodes, all in all.
+        patience: seconds of processor time until the headers are understood.
         timeout: seconds of wall-clock and of processor time for one video.
     """
 
@@ -29,6 +30,7 @@ class VideoLimits:
     max_decoded_pixels: int = 1 << 34
     max_output_bytes: int = 240 << 20
     max_memory_bytes: int = 224 << 20
+    patience: float = 0.7
     timeout: float = 60.0
 
     def check_file(self, num_bytes: int) -> None:

@@ -239,6 +239,8 @@ class DecodingProcess:
             code = self.process.wait(timeout=_GRACE)
         except subprocess.TimeoutExpired:
             return "sent nonsense"
+        if code == -signal.SIGPROF:  # `container.processor_time`
+            return "found nothing more in it for too long"
         if code >= 0:
             return f"ended with code {code}"
         return f"crashed ({signal.Signals(-code).name})"

@@ -44,11 +44,19 @@ def mrope_positions(num_tokens: int, spans: Sequence[PositionSpan]) -> NDArray[n
     return out
 
 
-def grid_offsets(grid: Grid, time_step: float) -> NDArray[np.int64]:
-    """Time, height and width of a grid's embeddings, [3, num_tokens]; `time_step`: positions a step."""
+def grid_offsets(grid: Grid, *scales: float) -> NDArray[np.int64]:
+    """Time, height and width of a grid's embeddings, [3, num_tokens].
+
+    Args:
+        scales: their product is positions in time from one step to the next. Times are multiplied by one
+            after the other, rounded to float32 each time, then cut off: where they are rounded decides
+            whether a time falls just short of a whole number.
+    """
     time, row, column = np.indices(grid).reshape(3, -1)
-    steps = (time.astype(np.float32) * np.float32(time_step)).astype(np.int64)
-    return np.stack((steps, row, column))
+    steps = time.astype(np.float32)
+    for scale in scales:
+        steps *= np.float32(scale)
+    return np.stack((steps.astype(np.int64), row, column))
 
 
 def bracketed(inner: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:

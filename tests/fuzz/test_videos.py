@@ -166,6 +166,27 @@ def test_endless_frames_are_refused() -> None:
     assert seconds < 1
 
 
+MATROSKA = bytes.fromhex("1a45dfa39f4286810142f7810142f2810442f381084282847765626d4287810242858102")
+JUNK = {  # how a large file begins, and what it repeats
+    "mp4": (b"\0\0\0\x14ftypisom\0\0\0\0isom", b"\0\0\0\x08free"),
+    "avi": (b"RIFF\xff\xff\xff\xffAVI ", b"LIST\x04\0\0\0abcd"),
+    "gif": (b"GIF89a\x01\0\x01\0\0\0\0", b"!\xfe\x01a\0"),
+    "matroska": (MATROSKA + b"\x18\x53\x80\x67\x01" + b"\xff" * 7, b"\xec\x80"),
+}
+
+
+@pytest.mark.parametrize("shape", JUNK)
+def test_much_of_nothing(shape: str) -> None:
+    """Files whose headers a demuxer searches to the end."""
+    head, piece = JUNK[shape]
+    with VideoDecoder(VideoLimits(patience=0.25)) as decoder:
+        outcome(decoder, b"none")  # the process starts
+        what, seconds = outcome(decoder, head + piece * ((48 << 20) // len(piece)))
+        assert outcome(decoder, make_video())[0] == "decoded"
+    assert what == "the process that decodes it found nothing more in it for too long"
+    assert seconds < 1
+
+
 @pytest.mark.parametrize("text", PLAYLISTS)
 def test_playlists_are_refused(text: bytes) -> None:
     with VideoDecoder() as decoder:

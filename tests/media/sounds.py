@@ -1,6 +1,7 @@
-"""Small sounds, made with soundfile and PyAV, and what plain decodings of them give."""
+"""Small sounds, made with soundfile and PyAV, and how they are loaded."""
 
 import io
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -8,6 +9,12 @@ import av
 import numpy as np
 import soundfile
 from numpy.typing import NDArray
+
+from flexjudge_fast.media.audio import load_sound
+from flexjudge_fast.media.audio_pool import AudioDecoder
+from flexjudge_fast.media.audio_processor import AudioProcessor
+from flexjudge_fast.media.items import MediaItem
+from flexjudge_fast.media.sound import Sound
 
 # name: libsndfile's format and subtype
 SOUNDFILE_FORMATS = {
@@ -46,11 +53,11 @@ def make_sound(name: str, samples: NDArray[Any], rate: int) -> bytes:
     return file.getvalue()
 
 
-def add_sound(output: Any, stream: Any, samples: NDArray[Any], rate: int) -> None:
-    """Encodes all samples into a stream of an open container."""
+def add_sound(output: Any, stream: Any, samples: NDArray[Any], rate: int, begin: float = 0.0) -> None:
+    """Encodes all samples into a stream of an open container, from `begin` seconds on."""
     packed = np.ascontiguousarray(samples, dtype=np.float32).reshape(1, -1)
     frame = av.AudioFrame.from_ndarray(packed, format="flt", layout=_layout(samples))
-    frame.sample_rate, frame.pts = rate, 0
+    frame.sample_rate, frame.pts = rate, round(begin * rate)
     frame.time_base = Fraction(1, rate)
     resampler = av.AudioResampler(stream.format, frame_size=stream.frame_size or 1024)
     for piece in [*resampler.resample(frame), *resampler.resample(None)]:
@@ -60,3 +67,9 @@ def add_sound(output: Any, stream: Any, samples: NDArray[Any], rate: int) -> Non
 
 def _layout(samples: NDArray[Any]) -> str:
     return {1: "mono", 2: "stereo"}[samples.shape[1]]
+
+
+def load(decoder: AudioDecoder, source: object, kind: Any = "audio", **limits: Any) -> Sound:
+    """A sound under the name "sounds[0]"; `limits` are fields of the processor."""
+    processor = replace(AudioProcessor(), **limits)
+    return load_sound(MediaItem(kind, source, "sounds[0]"), processor, decoder)

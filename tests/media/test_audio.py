@@ -3,19 +3,10 @@
 import base64
 import io
 import math
-import os
-import signal
-import socket
 import struct
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import av
 import numpy as np
 import pytest
 import soundfile
@@ -23,18 +14,16 @@ import soxr
 import torch
 from numpy.typing import NDArray
 
-from flexjudge_fast.errors import EngineStateError, MediaError
-from flexjudge_fast.media import audio_decode, audio_pool, worker_wire
-from flexjudge_fast.media.audio import load_sound, prepare_audio
+from flexjudge_fast.errors import MediaError
+from flexjudge_fast.media.audio import prepare_audio
 from flexjudge_fast.media.audio_limits import AudioLimits
 from flexjudge_fast.media.audio_pool import AudioDecoder
 from flexjudge_fast.media.audio_processor import AudioProcessor
 from flexjudge_fast.media.items import MediaItem
 from flexjudge_fast.media.log_mel import log_mel
 from flexjudge_fast.media.prepared import PreparedAudio
-from flexjudge_fast.media.sound import Sound, SoundBuilder
-from tests.media.sounds import FORMATS, add_sound, make_sound, tones
-from tests.media.videos import make_video, picture
+from flexjudge_fast.media.sound import SoundBuilder
+from tests.media.sounds import FORMATS, load, make_sound, tones
 
 PROCESSOR = AudioProcessor()
 LOSSLESS = {"wav-float": 0.0, "wav": 4e-5, "flac": 2e-5, "mka": 2e-5, "aiff": 1e-6, "wav-u8": 1e-2}
@@ -44,11 +33,6 @@ LOSSLESS = {"wav-float": 0.0, "wav": 4e-5, "flac": 2e-5, "mka": 2e-5, "aiff": 1e
 def decoder() -> Iterator[AudioDecoder]:
     with AudioDecoder() as decoder:
         yield decoder
-
-
-def load(decoder: AudioDecoder, source: object, kind: Any = "audio", **limits: Any) -> Sound:
-    processor = replace(PROCESSOR, **limits)
-    return load_sound(MediaItem(kind, source, "sounds[0]"), processor, decoder)
 
 
 def prepare(decoder: AudioDecoder, source: object) -> PreparedAudio:
@@ -110,6 +94,17 @@ def test_sources_of_one_file(decoder: AudioDecoder, tmp_path: Path) -> None:
     assert found[0].features.shape == (128, 50) and found[0].num_tokens == 12
 
 
+def test_sources_of_the_same_samples(decoder: AudioDecoder) -> None:
+    """How samples are stored is no part of the key."""
+    samples = np.round(tones(4000, 16_000, 2) * 32767).astype(np.int16)
+    floats = (samples / 32768).astype(np.float32)
+    sources: list[object] = [make_sound(name, samples, 16_000) for name in ("wav", "flac", "aiff")]
+    sources += [make_sound("wav-float", floats, 16_000), (samples, 16_000), (floats, 16_000)]
+    found = [prepare(decoder, source) for source in sources]
+    assert len({audio.key for audio in found}) == 1
+    assert all(np.array_equal(audio.features, found[0].features) for audio in found)
+
+
 TYPES = {
     "uint8": lambda x: np.round(x * 127 + 128).astype(np.uint8),
     "int16": lambda x: np.round(x * 32767).astype(np.int16),
@@ -149,6 +144,18 @@ def wav_of_bytes(array: NDArray[np.uint8]) -> bytes:
     form = struct.pack("<HHIIHH", 1, array.shape[1], 16_000, 16_000 * array.shape[1], array.shape[1], 8)
     chunks = b"fmt " + struct.pack("<I", 16) + form + b"data" + struct.pack("<I", len(body)) + body
     return b"RIFF" + struct.pack("<I", len(chunks) + 4) + b"WAVE" + chunks
+
+
+def test_half_precision(decoder: AudioDecoder) -> None:
+    """Every float16 and every bfloat16 is a float32."""
+    samples = torch.from_numpy(tones(4000, 16_000)[:, 0])
+    for half in (samples.half(), samples.bfloat16(), samples.half().numpy()):
+        single = torch.as_tensor(half).float()
+        assert np.array_equal(load(decoder, (half, 16_000)).samples, single.numpy())
+        assert prepare(decoder, (half, 16_000)).key == prepare(decoder, (single, 16_000)).key
+    for odd in (math.inf, math.nan):
+        with pytest.raises(MediaError, match=r"a sample of (inf|nan)"):
+            load(decoder, (torch.full((100,), odd, dtype=torch.bfloat16), 16_000))
 
 
 def test_full_scale(decoder: AudioDecoder) -> None:
@@ -220,6 +227,9 @@ ONE = np.zeros(100, np.float32)
     [
         (ONE, r"float32 \[100\]: give samples with their rate"),
         ((16_000, ONE), r"the other way round: give \(samples, rate\)"),
+        ((16_000, torch.zeros(100)), r"the other way round: give \(samples, rate\)"),
+        ((ONE, np.array(16_000)), "a rate of type ndarray; give a plain number"),
+        ((ONE, torch.tensor(16_000)), "a rate of type Tensor; give a plain number"),
         ((ONE,), "a tuple of 1"),
         ({"array": ONE}, 'must have "array" and "sampling_rate"'),
         (([0.0, 0.1], 16_000), "samples of type list"),
@@ -236,13 +246,13 @@ ONE = np.zeros(100, np.float32)
         ((np.zeros((0, 100), np.float32), 16_000), "0 channels"),
         ((np.zeros((1, 2, 100), np.float32), 16_000), r"shape \[1, 2, 100\]"),
         ((np.array(0.5), 16_000), r"shape \[\]"),
-        ((np.zeros(100, np.float16), 16_000), "samples of float16; uint8, int16"),
+        ((np.zeros(100, np.longdouble), 16_000), "samples of float128; uint8, int16"),
         ((np.zeros(100, np.int64), 16_000), "samples of int64"),
         ((np.zeros(100, bool), 16_000), "samples of bool"),
         ((np.zeros(100, complex), 16_000), "samples of complex128"),
         ((np.array(["a"]), 16_000), "samples of str"),
         ((np.array([None]), 16_000), "samples of object"),
-        ((torch.zeros(100, dtype=torch.bfloat16), 16_000), "samples of bfloat16"),
+        ((torch.zeros(100, dtype=torch.float8_e4m3fn), 16_000), "samples of float8_e4m3fn"),
         ((np.array([0.0, math.nan]), 16_000), "a sample of nan"),
         ((np.array([0.0, -math.inf], np.float32), 16_000), "a sample of inf"),
         ((np.array([0.0, 1e300]), 16_000), "a sample of inf"),
@@ -274,31 +284,6 @@ def test_a_file_that_holds_nan(decoder: AudioDecoder) -> None:
     assert all(worker.healthy for worker in decoder._all)  # no reason to end the process
 
 
-def video_with_sound() -> bytes:
-    file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as output:
-        stream: Any = output.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        sound: Any = output.add_stream("aac", rate=48_000, layout="stereo")
-        for i in range(10):
-            output.mux(stream.encode(av.VideoFrame.from_ndarray(picture(i, 64, 48), format="rgb24")))
-        output.mux(stream.encode())
-        add_sound(output, sound, tones(48_000, 48_000, 2), 48_000)
-    return file.getvalue()
-
-
-def test_the_sound_of_a_video(decoder: AudioDecoder, tmp_path: Path) -> None:
-    data = video_with_sound()
-    path = tmp_path / "a.mp4"
-    path.write_bytes(data)
-    found = load(decoder, path, "video")
-    assert (found.mode, found.rate, found.channels) == ("aac", 48_000, 2)
-    assert abs(len(found.samples) - 16_000) < 700
-    assert load(decoder, data).digest == found.digest  # as a sound, it is the same
-    with pytest.raises(MediaError, match="it holds no sound"):
-        load(decoder, make_video(), "video")
-
-
 def test_limits_of_files() -> None:
     data = make_sound("wav", tones(8000, 16_000), 16_000)
     with AudioDecoder(AudioLimits(max_file_bytes=1000, max_video_bytes=20_000)) as decoder:
@@ -311,89 +296,3 @@ def test_limits_of_files() -> None:
         for source in (make_sound("wav", tones(80, 16_000, 2), 16_000), (tones(80, 16_000, 2), 16_000)):
             with pytest.raises(MediaError, match="2 channels; 1 to 1 are read"):
                 load(decoder, source)
-
-
-def take_all(reply: audio_pool._Reply, peer: socket.socket, count: int) -> None:
-    for _ in range(count):
-        reply.take(peer, time.monotonic() + 30)
-
-
-@pytest.mark.parametrize(
-    "messages",
-    [
-        [{"block": 4}],
-        [{"end": True}],
-        [{"start": {"rate": 16_000, "channels": 1, "mode": "x" * 65}}],
-        [{"start": {"rate": 16_000, "channels": 1}}],
-        [{"start": {"rate": 16_000, "channels": 2, "mode": "x"}}] * 2,
-        [{"start": {"rate": 16_000, "channels": 2, "mode": "x"}}, {"block": 12}],
-        [{"start": {"rate": 16_000, "channels": 2, "mode": "x"}}, {"block": 1 << 30}],
-        [{"start": {"rate": 16_000, "channels": 2, "mode": "x"}}, {"block": 0}],
-        [{"start": {"rate": 16_000, "channels": 2, "mode": "x"}}, {"block": 8}],  # and nothing follows
-        [{"start": {"rate": 10**40, "channels": 1, "mode": "x"}}],
-        [{"start": {"rate": 16_000, "channels": 10**9, "mode": "x"}}],
-        [{"start": {"rate": 16_000, "channels": 1, "mode": "x"}}, {"end": True}],
-        [{}],
-    ],
-)
-def test_nonsense_from_a_worker_is_not_believed(messages: list[dict[str, Any]]) -> None:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        for header in messages:
-            worker_wire.send(theirs, header)
-        theirs.shutdown(socket.SHUT_WR)
-        reply = audio_pool._Reply(16_000, AudioLimits())
-        with pytest.raises((worker_wire.WireError, MediaError)):
-            take_all(reply, ours, len(messages))
-        assert not reply.done
-
-
-def test_a_crash_is_an_error_and_the_next_sound_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = make_sound("ogg", tones(8000, 16_000), 16_000)
-    with AudioDecoder() as decoder:
-        expected = load(decoder, data).digest
-        (worker,) = decoder._all
-        take = audio_pool._Reply.take
-
-        def killed(self: Any, peer: socket.socket, deadline: float) -> None:
-            for number in (signal.SIGSEGV, signal.SIGCONT):
-                os.kill(worker.process.pid, number)
-            take(self, peer, deadline)
-
-        os.kill(worker.process.pid, signal.SIGSTOP)
-        with monkeypatch.context() as patch:
-            patch.setattr(audio_pool._Reply, "take", killed)
-            with pytest.raises(MediaError, match=r"^sounds\[0\]: \d+ bytes: .*crashed \(SIGSEGV\)"):
-                load(decoder, data)
-        assert load(decoder, data).digest == expected
-    with pytest.raises(EngineStateError, match="closed"):
-        load(decoder, data)
-
-
-def copied(file: Any) -> list[Any]:
-    """All that a file is decoded to; blocks are good until the next only."""
-    parts = audio_decode.decode(file, AudioLimits())
-    return [part.copy() if isinstance(part, np.ndarray) else part for part in parts]
-
-
-def test_the_library_that_reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """FFmpeg reads what libsndfile cannot; where both can, they give the same."""
-    samples = tones(5000, 16_000, 2)
-    path = tmp_path / "a.wav"
-    path.write_bytes(make_sound("wav", samples, 16_000))
-
-    def refused(*_: Any) -> Iterator[Any]:
-        raise soundfile.LibsndfileError(1)
-
-    with path.open("rb", buffering=0) as file:
-        start, *blocks = copied(file)
-        monkeypatch.setattr(audio_decode, "_with_soundfile", refused)
-        other, *others = copied(file)
-    assert (start.mode, other.mode) == ("WAV PCM_16", "pcm_s16le")
-    assert np.array_equal(np.concatenate(blocks), np.concatenate(others))
-
-
-def test_videos_do_not_load_soundfile() -> None:
-    code = "import sys, flexjudge_fast.media.video_decode; print('soundfile' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
-    assert done.stdout == b"False\n"

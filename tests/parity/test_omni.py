@@ -1,6 +1,7 @@
 """Qwen2.5-Omni's Thinker: logits and greedy tokens of transformers for sound, images and heard video."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from flexjudge_fast import Engine, SamplingParams
 from flexjudge_fast.engine.engine import EngineInput
 from flexjudge_fast.errors import CheckpointError, MediaError
 from flexjudge_fast.media.items import MediaItem, MediaOptions
+from flexjudge_fast.media.prepared import PreparedMedia
 from tests.models import AUDIO_PREPROCESSOR, PREPROCESSOR, write_omni_checkpoint
 from tests.parity.test_vision_language import clip, picture, video_patches
 
@@ -26,7 +28,7 @@ def sound(seconds, seed=0):
 
 
 def user(*parts):
-    """Messages of one turn: strings, PIL images, lists of frames, arrays of samples."""
+    """Messages of one turn: strings, PIL images, frames, videos that were read, arrays of samples."""
     content = []
     for part in parts:
         if isinstance(part, str):
@@ -34,7 +36,7 @@ def user(*parts):
         elif isinstance(part, np.ndarray):
             content.append({"type": "audio", "audio": (part, RATE)})
         else:
-            kind = "video" if isinstance(part, list) else "image"
+            kind = "video" if isinstance(part, list | PreparedMedia) else "image"
             content.append({"type": kind, kind: part})
     return [{"role": "system", "content": "Judge."}, {"role": "user", "content": content}]
 
@@ -66,9 +68,7 @@ class Oracle:
             )
             given["input_features"] = found["input_features"]
             given["feature_attention_mask"] = found["attention_mask"]
-        videos = list(
-            {run.media.key: run.media for run in prompt.media if run.media.kind == "video"}.values()
-        )
+        videos = [run.media for run in prompt.media if run.media.kind == "video" and run.first_row == 0]
         if videos:
             given["pixel_values_videos"] = torch.cat([video_patches(media.frames) for media in videos])
             given["video_grid_thw"] = torch.tensor([media.grid for media in videos])
@@ -159,24 +159,65 @@ def test_chunks_inside_media(tiny, answers, chunk):
     assert [list(c.token_ids) for c in found] == [answers[name][1] for name in names]
 
 
+def heard(engine, frames, seconds, fps, seed=9):
+    """A video with sound, and that sound."""
+    options = MediaOptions(fps=fps)
+    (video,) = engine.read_media([MediaItem("video", clip(frames, 84, 56, seed))], options)
+    track = sound(seconds, seed)
+    (heard,) = engine.read_media([MediaItem("audio", (track, RATE))], options)
+    return replace(video.result(), sound=heard.result()), track
+
+
 @pytest.mark.parametrize(
-    ("frames", "seconds", "fps"), [(6, 3.0, 2.0), (9, 2.5, 1.0), (4, 7.3, 1.0), (12, 1.0, 4.0)]
+    ("frames", "seconds", "fps"),
+    [
+        *[(6, 3.0, 2.0), (9, 2.5, 1.0), (4, 7.3, 1.0), (12, 1.0, 4.0)],
+        *[(12, 1.0, 6.25), (32, 2.0, 1.5), (20, 4.0, 15 / 14)],  # times just short of a whole position
+    ],
 )
 def test_video_that_is_heard(tiny, engine, frames, seconds, fps):
-    """Frames and sound in turns: the sound as long as the video, longer, and shorter."""
-    from dataclasses import replace
+    """Frames and sound in turns: the sound as long as the video, longer, and shorter; and the video alone."""
+    both, track = heard(engine, frames, seconds, fps)
+    for video, sounds in ((both, [track]), (replace(both, sound=None), [])):
+        prompt = engine.encode(user("before", video, "after"))
+        logits, tokens = tiny[1].answer(prompt, sounds=sounds)
+        assert (engine.logits(prompt) - logits).abs().max() < 1e-4
+        assert list(engine.generate([prompt], GREEDY)[0].token_ids) == tokens
 
-    options = MediaOptions(fps=fps)
-    (video,) = engine.read_media([MediaItem("video", clip(frames, 84, 56))], options)
-    track = sound(seconds, 9)
-    (heard,) = engine.read_media([MediaItem("audio", (track, RATE))], options)
-    both = replace(video.result(), sound=heard.result())
-    messages = user("before", "", "after")
-    messages[1]["content"][1] = {"type": "video", "video": both}
-    prompt = engine.encode(messages)
-    logits, tokens = tiny[1].answer(prompt, sounds=[track])
-    assert (engine.logits(prompt) - logits).abs().max() < 1e-4
-    assert list(engine.generate([prompt], GREEDY)[0].token_ids) == tokens
+
+@pytest.fixture(scope="module")
+def company(tiny, engine):
+    """Prompts of heard videos and other media, with the logits and tokens of transformers."""
+    one, its = heard(engine, 6, 3.0, 2.0)
+    other, others = heard(engine, 8, 1.1, 6.25, seed=10)
+    image, short, long = picture(60, 90), sound(0.7, 1), sound(1.234, 2)
+    cases = {
+        "among others": (user("a", image, "b", short, "c", one, "d", long, "e"), [short, its, long]),
+        "side by side": (user(one, short, other, "end"), [its, short, others]),
+        "twice": (user("a", one, "b", one, "c"), [its, its]),
+        "its sound alone, too": (user("a", its, "b", one, "c"), [its, its]),
+    }
+    answers = {}
+    for name, (messages, sounds) in cases.items():
+        prompt = engine.encode(messages)
+        answers[name] = (prompt, *tiny[1].answer(prompt, media_of(messages)[0], sounds))
+    return answers
+
+
+def test_heard_videos_in_company(engine, company):
+    for name, (prompt, logits, _) in company.items():
+        assert (engine.logits(prompt) - logits).abs().max() < 1e-4, name
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_batched_tokens": 3}, {"max_batched_tokens": 40}])
+def test_heard_videos_in_a_batch(tiny, company, limits):
+    """Steps that end inside a video, and caches that know it or its sound already."""
+    with Engine.from_pretrained(tiny[0], kv_cache_memory="64MiB", max_num_seqs=3, **limits) as engine:
+        for turn in ("cold", "warm"):
+            found = engine.generate([prompt for prompt, _, _ in company.values()], GREEDY)
+            assert [list(c.token_ids) for c in found] == [tokens for _, _, tokens in company.values()], turn
+        engine.check_integrity()
+        assert engine.stats().num_encoded_media == 7
 
 
 def test_the_whole_checkpoint(tmp_path):
