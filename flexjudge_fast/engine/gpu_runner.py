@@ -166,7 +166,7 @@ class GpuRunner(ModelRunner):
         feed: Mapping[int, int],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits and which rows are finite; `feed`: places in `known` of the tokens that begin chunks."""
-        key = (rung, plan.decode_rows if isinstance(plan, HostPlan) else 0)
+        key = (rung, plan.cut.decode_rows if isinstance(plan, HostPlan) else 0)
         recorded = None if rung is None else self._recorded.get(key)
         if recorded is None:
             here = _upload(inputs, plan, self._device.torch_device)
