@@ -6,17 +6,15 @@ positions, one after the other; each moves the running maximum `m`, sum `l` and 
     rows = (token, head) pairs of one KV head      q [BLOCK_M, BLOCK_D] stays
     for each tile:  k, v [BLOCK_N, BLOCK_D]        4 * BLOCK_M * BLOCK_N * BLOCK_D operations
 
-Chunks are merged first to last with `merge`. Both kernels do the same operations in the same order for a row,
-so its bits depend on its sequence alone. For that, products that are added to are written as `fma`: what the
+A chunk's result is rounded to the query's dtype, as decode keeps it in memory, and chunks are merged first to
+last with `merge`. Both kernels do the same operations in the same order for a row, so its bits depend on its
+sequence alone. For that, products that are added to are written as `fma`: what the
 compiler contracts depends on what stands around it. Exponents are of two (log2(e) is in the scale).
 """
 
 import triton
 import triton.language as tl
 
-from flexjudge_fast.ops.attention_plan import CHUNK as CHUNK_POSITIONS
-
-CHUNK = tl.constexpr(CHUNK_POSITIONS)
 UNITS = {"int8": 128.0, "fp8": 256.0}  # codes are widened to code / unit, and the scales take the factor
 
 
@@ -76,6 +74,7 @@ def attend_chunk(
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     KV: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -83,7 +82,7 @@ def attend_chunk(
     SUM_BY_DOT: tl.constexpr,
     WIDEN_FIRST: tl.constexpr,
 ):
-    """Maximum [BLOCK_M], sum [BLOCK_M] and unnormalised result [BLOCK_M, BLOCK_D] of one chunk, float32."""
+    """Maximum and sum [BLOCK_M] float32, and one chunk's result [BLOCK_M, BLOCK_D] in the query's dtype."""
     EIGHT_BITS: tl.constexpr = KV == "int8" or KV == "fp8"
     ROW: tl.constexpr = HEAD_DIM + 4 if EIGHT_BITS else HEAD_DIM
     UNIT: tl.constexpr = 128.0 if KV == "int8" else 256.0
@@ -121,16 +120,16 @@ def attend_chunk(
         acc = tl.dot(p.to(q.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
     if SUM_BY_DOT:
         l = tl.max(sums, 1)  # noqa: E741
-    return m, l, acc
+    return m, l, normalise(l, acc).to(q.dtype)
 
 
 @triton.jit
-def merge(m, l, acc, m_next, l_next, acc_next):  # noqa: E741
-    """The total so far with the next chunk's: [rows], [rows] and [rows, BLOCK_D]."""
+def merge(m, l, acc, m_next, l_next, result):  # noqa: E741
+    """The total so far, not normalised, with the next chunk's: [rows], [rows] and [rows, BLOCK_D]."""
     largest = tl.maximum(m, m_next)
     shift = tl.where(largest == float("-inf"), 0.0, largest)
-    old, new = tl.exp2(m - shift), tl.exp2(m_next - shift)
-    return largest, tl.fma(l, old, l_next * new), tl.fma(acc, old[:, None], acc_next * new[:, None])
+    old, new = tl.exp2(m - shift), tl.exp2(m_next - shift) * l_next
+    return largest, tl.fma(l, old, new), tl.fma(acc, old[:, None], result.to(tl.float32) * new[:, None])
 
 
 @triton.jit

@@ -8,6 +8,7 @@ import torch
 
 from flexjudge_fast.kernels.chips import capability
 from flexjudge_fast.kernels.tiles import next_power_of_2, tiles
+from flexjudge_fast.ops.attention_plan import Cut
 
 KV_NAMES = {
     torch.float32: "float",
@@ -21,13 +22,15 @@ LOG2_E = 1.4426950408889634
 
 @dataclass(frozen=True)
 class Sizes:
-    """common: constants of both kernels, BLOCK_N among them, as it cuts the reduction. The others are
-    BLOCK_M, num_warps and so on: of prefill, and of decode by itself or with shared prefixes."""
+    """common: constants of both kernels, CHUNK and BLOCK_N among them, as they cut the reduction. The others
+    are BLOCK_M, num_warps and so on: of prefill, and of decode by itself or with shared prefixes."""
 
     common: Mapping[str, object]
     prefill: Mapping[str, int]
     decode: Mapping[str, int]
     shared: Mapping[str, int]
+    cut: Cut
+    shared_cut: Cut
 
 
 def attention_sizes(
@@ -65,14 +68,20 @@ def _sizes(
         if part["BLOCK_M"] < least:
             part["num_warps"] = max(part["num_warps"], min(8, least // 16))
             part["BLOCK_M"] = least
+    reduction = tiles("attention", case)
     common = {
         "BLOCK_SIZE": block_size,
         "HEADS": heads,
         "KV_HEADS": kv_heads,
         "HEAD_DIM": head_dim,
         "KV": KV_NAMES[kv_dtype],
-        **tiles("attention", case),
+        **reduction,
         "BLOCK_D": block_d,
         "PRECISION": "ieee" if wide else "tf32",  # says nothing about 16-bit operands
     }
-    return Sizes(common, *parts)
+    prefill, decode, shared = parts
+    cut, shared_cut = (
+        Cut(heads // kv_heads, reduction["CHUNK"], part["BLOCK_M"], prefill["BLOCK_M"])
+        for part in (decode, shared)
+    )
+    return Sizes(common, prefill, decode, shared, cut, shared_cut)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from flexjudge_fast.kernels.catalog import Launch, ModelShape, random_tensor
 from flexjudge_fast.kernels.paged_attention import paged_attention
-from flexjudge_fast.ops.attention_plan import CHUNK, HostPlan, plan_attention, tile_rows
+from flexjudge_fast.ops.attention_plan import HostPlan, attention_cuts, plan_attention
 from flexjudge_fast.ops.kv_cache import kv_row_size
 
 # New tokens, contexts, and how many tokens of these all sequences have in common.
@@ -55,16 +55,8 @@ def plan_step(
 ) -> HostPlan:
     """The plan of a step on the current architecture. shared: with tiles for prefixes in common."""
     heads, kv_heads = shape.num_heads, shape.num_kv_heads
-    rows = tile_rows(shape.dtype, shape.kv_dtype, shape.block_size, heads, kv_heads, shape.head_dim)
-    return plan_attention(
-        starts,
-        lens,
-        tables,
-        shape.block_size,
-        heads // kv_heads,
-        rows.shared if shared else rows.decode,
-        prefill_rows=rows.prefill,
-    )
+    cuts = attention_cuts(shape.dtype, shape.kv_dtype, shape.block_size, heads, kv_heads, shape.head_dim)
+    return plan_attention(starts, lens, tables, shape.block_size, cuts[shared])
 
 
 def block_tables(context_lens: list[int], shared: int, block_size: int) -> NDArray[np.int64]:
@@ -85,9 +77,9 @@ def decode_bytes(shape: ModelShape, plan: HostPlan) -> dict[str, int]:
     if not len(plan.merges):
         return {}
     items = plan.items[plan.items[:, 1] > 0].astype(np.int64)
-    positions = np.minimum(CHUNK, plan.order[items[:, 0], 2] - CHUNK * items[:, 2])
+    positions = np.minimum(plan.cut.chunk, plan.order[items[:, 0], 2] - plan.cut.chunk * items[:, 2])
     pairs, num_merges = int(items[:, 1].sum()), int((plan.merges[:, 0] >= 0).sum())
-    partials = pairs * shape.num_heads * (4 * shape.head_dim + 8)
+    partials = _query_bytes(shape, pairs) + 8 * pairs * shape.num_heads
     return {
         "cache": int(positions.sum()) * _kv_row(shape),
         "query": _query_bytes(shape, pairs),

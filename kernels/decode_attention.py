@@ -3,7 +3,7 @@
 An item is a chunk of one sequence, or of several that have its blocks in common (forked samples, judgements
 under one rubric). Its BLOCK_M rows are (sequence, head) pairs of one KV head, all on each key and value:
 
-    (items, KV heads)  programs read CHUNK * 2 * row bytes, write 4 * HEAD_DIM + 8 per (sequence, head)
+    (items, KV heads)  programs read CHUNK * 2 * row bytes, write a result and 8 bytes per (sequence, head)
     (sequences, heads) programs read those and write the result
 """
 
@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 
 from flexjudge_fast.kernels.attention_chunk import (
-    CHUNK,
     attend_chunk,
     load_query,
     merge,
@@ -33,7 +32,7 @@ def _decode_attention_kernel(
     items_ptr,  # int32 [num_items, 4]
     order_ptr,  # int32 [num_partials, 4]
     stats_ptr,  # float32 [num_partials, HEADS, 2]: maximum and sum
-    acc_ptr,  # float32 [num_partials, HEADS, HEAD_DIM]
+    results_ptr,  # [num_partials, HEADS, HEAD_DIM], dtype of the query
     table_stride,
     scale,
     BLOCK_SIZE: tl.constexpr,
@@ -41,6 +40,7 @@ def _decode_attention_kernel(
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     KV: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -63,9 +63,10 @@ def _decode_attention_kernel(
     table_ptr = tables_ptr + tl.load(order_ptr + 4 * first).to(tl.int64) * table_stride
     q = load_query(q_ptr, tokens, heads, valid, HEADS, HEAD_DIM, BLOCK_D)
     # A chunk that sequences share lies within each of their contexts.
-    m, l, acc = attend_chunk(  # noqa: E741
+    m, l, result = attend_chunk(  # noqa: E741
         q, keys_ptr, values_ptr, table_ptr, visible, start, tl.max(visible, 0), kv_head, scale,
-        BLOCK_SIZE, KV_HEADS, HEAD_DIM, KV, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, SUM_BY_DOT, WIDEN_FIRST,
+        BLOCK_SIZE, KV_HEADS, HEAD_DIM, KV, CHUNK,
+        BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, SUM_BY_DOT, WIDEN_FIRST,
     )  # fmt: skip
     # As in prefill, the rows again, by way of a number that only the device knows to be 0.
     row = tl.arange(0, BLOCK_M) + (tl.load(item_ptr + 1, volatile=True) >> 16)
@@ -75,13 +76,13 @@ def _decode_attention_kernel(
     stats = stats_ptr + (partials.to(tl.int64) * HEADS + heads) * 2
     tl.store(stats, m, mask=valid)
     tl.store(stats + 1, l, mask=valid)
-    store_rows(acc_ptr, acc, partials, heads, valid, HEADS, HEAD_DIM, BLOCK_D)
+    store_rows(results_ptr, result, partials, heads, valid, HEADS, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
 def _merge_chunks_kernel(
     stats_ptr,  # as above
-    acc_ptr,
+    results_ptr,
     merges_ptr,  # int32 [num_seqs, 4]
     out_ptr,  # [num_tokens, HEADS, HEAD_DIM]
     HEADS: tl.constexpr,
@@ -101,10 +102,10 @@ def _merge_chunks_kernel(
     acc = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
     for partial in range(first, first + count):
         stats = stats_ptr + ((partial + none).to(tl.int64) * HEADS + head) * 2
-        acc_next = load_query(acc_ptr, partial + none, head, valid, HEADS, HEAD_DIM, BLOCK_D)
+        result = load_query(results_ptr, partial + none, head, valid, HEADS, HEAD_DIM, BLOCK_D)
         m_next = tl.load(stats, mask=valid, other=float("-inf"))
         l_next = tl.load(stats + 1, mask=valid, other=0)
-        m, l, acc = merge(m, l, acc, m_next, l_next, acc_next)  # noqa: E741
+        m, l, acc = merge(m, l, acc, m_next, l_next, result)  # noqa: E741
     store_rows(out_ptr, normalise(l, acc), token + none, head, valid, HEADS, HEAD_DIM, BLOCK_D)
 
 
@@ -127,22 +128,17 @@ def decode_attention(
         scale: with log2(e) and the codes' unit.
     """
     _, heads, head_dim = query.shape
-    constants = next((c for c in (sizes.decode, sizes.shared) if c["BLOCK_M"] == plan.decode_rows), None)
-    if constants is None or plan.group * keys.shape[2] != heads:
-        known = sizes.decode["BLOCK_M"], sizes.shared["BLOCK_M"]
-        raise ValueError(
-            f"the plan's tiles have {plan.decode_rows} rows in groups of {plan.group}, the kernel's {known}"
-        )
+    constants = sizes.decode if plan.cut == sizes.cut else sizes.shared
     num_partials = len(plan.order)
     stats = query.new_empty(num_partials, heads, 2, dtype=torch.float32)
-    acc = query.new_empty(num_partials, heads, head_dim, dtype=torch.float32)
+    results = query.new_empty(num_partials, heads, head_dim)
     if num_partials:
         _decode_attention_kernel[(len(plan.items), keys.shape[2])](
-            query, keys, values, block_tables, plan.items, plan.order, stats, acc, table_stride, scale,
+            query, keys, values, block_tables, plan.items, plan.order, stats, results, table_stride, scale,
             **sizes.common, **constants,
         )  # fmt: skip
     merging = tiles("attention_merge")
     _merge_chunks_kernel[(len(plan.merges), cdiv(heads, merging["BLOCK_H"]))](
-        stats, acc, plan.merges, out,
+        stats, results, plan.merges, out,
         HEADS=heads, HEAD_DIM=head_dim, BLOCK_D=sizes.common["BLOCK_D"], **merging,
     )  # fmt: skip

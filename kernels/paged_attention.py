@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 from flexjudge_fast.kernels.attention_chunk import (
-    CHUNK,
     UNITS,
     attend_chunk,
     load_query,
@@ -37,6 +36,7 @@ def _prefill_attention_kernel(
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     KV: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -60,11 +60,12 @@ def _prefill_attention_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     stop = sees + count - 1
     for start in range(0, stop, CHUNK):
-        m_next, l_next, acc_next = attend_chunk(
+        m_next, l_next, result = attend_chunk(
             q, keys_ptr, values_ptr, table_ptr, visible, start, stop, kv_head, scale,
-            BLOCK_SIZE, KV_HEADS, HEAD_DIM, KV, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, SUM_BY_DOT, WIDEN_FIRST,
+            BLOCK_SIZE, KV_HEADS, HEAD_DIM, KV, CHUNK,
+            BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, SUM_BY_DOT, WIDEN_FIRST,
         )  # fmt: skip
-        m, l, acc = merge(m, l, acc, m_next, l_next, acc_next)  # noqa: E741
+        m, l, acc = merge(m, l, acc, m_next, l_next, result)  # noqa: E741
     # The rows again, by way of a number that only the device knows to be 0: else pointers and masks, which
     # are those of the query, would take registers all the way here.
     row = tl.arange(0, BLOCK_M) + (tl.load(tile_ptr + 2, volatile=True) >> 16)
@@ -108,13 +109,13 @@ def paged_attention(
     sizes = attention_sizes(
         query.dtype, cache.dtype, cache.shape[2], query.shape[1], kv_heads, query.shape[2]
     )
+    if plan.cut not in (sizes.cut, sizes.shared_cut):
+        raise ValueError(f"the plan is for {plan.cut}, the kernels for {sizes.cut} or {sizes.shared_cut}")
     arguments = (query, keys, values, block_tables)
     last = (out, block_tables.stride(0), scale * LOG2_E * UNITS.get(str(sizes.common["KV"]), 1.0))
     if plan.has_decode:
         decode_attention(*arguments, *last, plan, sizes)
     if len(plan.tiles):
-        if plan.prefill_rows != sizes.prefill["BLOCK_M"] or plan.group * kv_heads != query.shape[1]:
-            raise ValueError(f"the plan's tiles have {plan.prefill_rows} rows in groups of {plan.group}")
         _prefill_attention_kernel[(len(plan.tiles), kv_heads)](
             *arguments, plan.tiles, *last, **sizes.common, **sizes.prefill
         )

@@ -57,10 +57,8 @@ class Case:
             torch.tensor(self.context_lens).numpy(),
             self.block_tables.numpy(),
             self.cache.shape[2],
-            self.query.shape[1] // self.cache.shape[3],
-            (sizes.shared if shared else sizes.decode)["BLOCK_M"],
+            sizes.shared_cut if shared else sizes.cut,
             max_items,
-            prefill_rows=sizes.prefill["BLOCK_M"],
         )
 
     def run(self, plan: HostPlan | None = None, device: str = "cpu") -> torch.Tensor:

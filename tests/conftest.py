@@ -5,6 +5,11 @@ import os
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # A process for each core: with more threads than cores, they mostly spin and wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+
 import torch
 
 if not torch.cuda.is_available():

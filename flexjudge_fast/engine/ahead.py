@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from flexjudge_fast.engine.batch import Batch, Chunk
-from flexjudge_fast.engine.launch import DeviceDraw, InFlight, LaunchingRunner
+from flexjudge_fast.engine.launch import Behind, DeviceDraw, InFlight, LaunchingRunner
 from flexjudge_fast.engine.model_runner import ModelRunner
 from flexjudge_fast.engine.request import Request
 from flexjudge_fast.engine.sampler import draw_of
@@ -14,21 +14,32 @@ from flexjudge_fast.engine.step import Drawn, Stepper, StepResult, row_ranges, u
 
 @dataclass(frozen=True)
 class _Flight:
-    """A launched step and what was known at its launch. fed: the tokens that only the device knew then."""
+    """A launched step and what was known at its launch.
+
+    unknown: requests whose token only the device knew then. fed: what it was, once the host knows it, too.
+    """
 
     batch: Batch
+    preempted: tuple[int, ...]  # how often, each chunk's request: since then, its blocks are others
     rows: tuple[range, ...]
     draws: tuple[DeviceDraw, ...]
     under_way: InFlight
+    unknown: frozenset[Request]
     fed: Mapping[Request, Drawn] = field(default_factory=dict)
 
+    def valid(self, running: Collection[Request]) -> list[int]:
+        """Its chunks whose requests are still there and began with the right token; the others are void."""
+        return [
+            i
+            for i, (chunk, times) in enumerate(zip(self.batch.chunks, self.preempted, strict=True))
+            if chunk.request in running and chunk.request.num_preemptions == times and self._fits(chunk)
+        ]
+
     def result(self, running: Collection[Request]) -> StepResult:
-        """What it gave to those that are there and began with the right token; other chunks are void."""
+        """What it gave to the valid chunks."""
         found = self.under_way.wait()
         drawn = {d.request: Drawn(token, d.banned) for d, token in zip(self.draws, found.tokens, strict=True)}
-        there = [
-            i for i, chunk in enumerate(self.batch.chunks) if chunk.request in running and self._fits(chunk)
-        ]
+        there = self.valid(running)
         return StepResult(
             replace(self.batch, chunks=tuple(self.batch.chunks[i] for i in there)),
             tuple(self.rows[i] for i in there),
@@ -44,12 +55,13 @@ class _Flight:
 
 
 class AheadStepper(Stepper):
-    """One step ahead of the device, as long as every running request just goes on drawing tokens.
+    """One step ahead of the device, as long as most requests go on whatever the device draws.
 
-    A step is launched ahead with tokens that only the device knows yet. What the host learns later (a stop,
-    an answer that begins, a cancelled request) may make a request's share of it void: its row is not read,
-    and the slots that it wrote are never marked computed. Draws depend on seed, prompt, sample and position,
-    so they are those of `Stepper`. Anything but going on, such as a new prompt, is scheduled by plain steps.
+    A step is launched ahead with tokens that only the device knows yet, more of the prompts under way, and
+    who was not in the step before. A request that the host decides about (an answer's slot, a fork) sits the
+    step out. What the host learns later (a stop, an answer that begins, a cancelled request) may make a
+    request's share of it void: its row is not read, and the slots that it wrote are never marked computed.
+    Draws depend on seed, prompt, sample and position, so they are those of `Stepper`.
     """
 
     def __init__(
@@ -72,22 +84,24 @@ class AheadStepper(Stepper):
             if flight is None:
                 batch = self.scheduler.schedule()
                 batches.append(batch)
-                flight = self._launch(batch, None)
+                flight = self._launch(batch)
             ahead = self._launch_ahead(flight)
             if ahead is not None:
                 batches.append(ahead.batch)
-            result = flight.result(set(self.scheduler.running))
-            self._postprocess(result)
+            with self._launching.beside():
+                result = flight.result(set(self.scheduler.running))
+                self._postprocess(result)
             if ahead is not None and not {c.request for c in ahead.batch.chunks}.isdisjoint(
                 self.scheduler.running
             ):
-                self._flight = replace(ahead, fed=result.drawn)
+                fed = {request: d for request, d in result.drawn.items() if request in ahead.unknown}
+                self._flight = replace(ahead, fed=fed)
         except BaseException:
             for batch in batches:
                 self._start_over(batch)
             raise
 
-    def _launch(self, batch: Batch, behind: _Flight | None) -> _Flight:
+    def _launch(self, batch: Batch, behind: _Flight | None = None, keep: bool = False) -> _Flight:
         rows = row_ranges(batch)
         drawing: list[tuple[Chunk, int, tuple[int, ...]]] = []  # with their rows and banned ids
         for chunk, own in zip(batch.chunks, rows, strict=True):
@@ -99,34 +113,45 @@ class AheadStepper(Stepper):
             DeviceDraw(chunk.request, draw_of(chunk.request.params, row, number), banned)
             for (chunk, row, banned), number in zip(drawing, numbers, strict=True)
         ]
-        feed: dict[int, int] = {}
+        unknown = {c.request: i for i, c in enumerate(batch.chunks) if c.end > len(c.request.token_ids)}
+        before = None
         if behind is not None:
-            places = {draw.request: i for i, draw in enumerate(behind.draws)}
-            feed = {i: places[chunk.request] for i, chunk in enumerate(batch.chunks)}
-        under_way = self._launching.launch(batch, draws, None if behind is None else behind.under_way, feed)
-        return _Flight(batch, rows, tuple(draws), under_way)
+            feed = {unknown[d.request]: i for i, d in enumerate(behind.draws) if d.request in unknown}
+            before = Behind(behind.under_way, feed, keep)
+        preempted = tuple(chunk.request.num_preemptions for chunk in batch.chunks)
+        under_way = self._launching.launch(batch, draws, before)
+        return _Flight(batch, preempted, rows, tuple(draws), under_way, frozenset(unknown))
 
     def _launch_ahead(self, flight: _Flight) -> _Flight | None:
-        """The step after `flight`, if all that runs goes on, and nothing that waits could join."""
-        scheduler = self.scheduler
-        running = set(scheduler.running)
-        going_on = running.intersection(draw.request for draw in flight.draws)
-        if not running or going_on != running:
+        """The step after `flight`, if most of its requests go on; else all had better wait for each other."""
+        valid = [flight.batch.chunks[i] for i in flight.valid(set(self.scheduler.running))]
+        draws = {draw.request: draw for draw in flight.draws}
+        going_on, keep, budget = [], False, self.scheduler.limits.max_batched_tokens
+        for chunk in valid:
+            following = _following(chunk, draws.get(chunk.request), budget)
+            if following is not None:
+                going_on.append(following)
+                budget -= following.num_tokens
+            keep |= bool(chunk.logit_positions) and (
+                following is None or following.end <= len(chunk.request.token_ids)
+            )
+        if not going_on or 2 * len(going_on) < len(valid):
             return None
-        if scheduler.waiting and len(scheduler.running) < scheduler.limits.max_num_seqs:
-            return None
-        if any(free_draw(draw.request) != draw.banned for draw in flight.draws if draw.request in running):
-            return None
-        chunks = [
-            chunk
-            for chunk in flight.batch.chunks
-            if chunk.request in going_on and chunk.end + 1 < chunk.request.max_len
-        ]
-        batch = scheduler.plan_ahead(chunks)
+        batch = self.scheduler.schedule_ahead(going_on, {chunk.request for chunk in valid})
         if batch is None:
             return None
         self.num_ahead += 1
-        return self._launch(batch, flight)
+        return self._launch(batch, flight, keep)
+
+
+def _following(chunk: Chunk, draw: DeviceDraw | None, budget: int) -> Chunk | None:
+    """What a request computes after `chunk`, which is under way; `None` if the host must decide that."""
+    request, at = chunk.request, chunk.end
+    known = len(request.token_ids) - at
+    if known:
+        return Chunk(request, at, min(known, budget)) if budget else None
+    goes_on = draw is not None and free_draw(request) == draw.banned and at + 1 < request.max_len
+    return Chunk(request, at, 1) if goes_on and budget else None
 
 
 def make_stepper(

@@ -9,7 +9,7 @@ from flexjudge_fast.engine.graph_ladder import Rung
 from flexjudge_fast.errors import InvalidArgumentError
 from flexjudge_fast.layers.attention import AttentionInput
 from flexjudge_fast.models.config import DecoderConfig
-from flexjudge_fast.ops.attention_plan import CHUNK, HostPlan, TileRows, plan_attention, tile_rows
+from flexjudge_fast.ops.attention_plan import Cut, HostPlan, attention_cuts, plan_attention
 from flexjudge_fast.ops.flash_attention import HostFlashPlan, check_flash_attention, plan_flash_attention
 
 
@@ -26,28 +26,27 @@ class AttentionPlanner(Protocol):
 
 @dataclass(frozen=True)
 class TritonPlanner:
-    """Work lists of our own kernels. group: query heads of a KV head."""
+    """Work lists of our own kernels. cut, shared_cut: without and with blocks in common."""
 
-    rows: TileRows
-    group: int
+    cut: Cut
+    shared_cut: Cut
     block_size: int
     records: bool = True
 
     def plan(self, inputs: AttentionInput, rung: Rung | None) -> HostPlan:
         tables = inputs.block_tables.numpy()
         lens = inputs.context_lens.numpy()
-        most = None if rung is None else rung.num_seqs * -(-rung.table_width * self.block_size // CHUNK)
+        chunk = self.cut.chunk
+        most = None if rung is None else rung.num_seqs * -(-rung.table_width * self.block_size // chunk)
         # A larger tile pays where sequences have blocks in common.
-        shares = len(tables) > 1 and lens.max(initial=0) >= CHUNK and (tables[1:, 0] == tables[:-1, 0]).any()
+        shares = len(tables) > 1 and lens.max(initial=0) >= chunk and (tables[1:, 0] == tables[:-1, 0]).any()
         return plan_attention(
             inputs.query_start.numpy(),
             lens,
             tables,
             self.block_size,
-            self.group,
-            self.rows.shared if shares else self.rows.decode,
+            self.shared_cut if shares else self.cut,
             most,
-            prefill_rows=self.rows.prefill,
         )
 
 
@@ -80,8 +79,9 @@ def make_planner(
         InvalidArgumentError: the backend is not installed, or cannot do this.
     """
     if backend in ("auto", "triton"):
-        rows = tile_rows(dtype, kv_dtype, block_size, config.num_heads, config.num_kv_heads, config.head_dim)
-        return TritonPlanner(rows, config.num_heads // config.num_kv_heads, block_size)
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+        cuts = attention_cuts(dtype, kv_dtype, block_size, heads, kv_heads, config.head_dim)
+        return TritonPlanner(*cuts, block_size)
     if kv_dtype.itemsize == 1:
         raise InvalidArgumentError(
             f"attention_backend={backend!r}: it reads no 8-bit KV cache; 'triton' does"

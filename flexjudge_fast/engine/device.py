@@ -45,6 +45,10 @@ class Device(Protocol):
         """An event behind all that is queued."""
         ...
 
+    def beside(self) -> AbstractContextManager[object]:
+        """Inside it, torch calls do not wait for what is queued."""
+        ...
+
     def capture(self, work: Callable[[], Tensors]) -> tuple[Graph, Tensors]:
         """Record what `work` queues, which has run before, so that everything it needs is compiled.
 
@@ -65,12 +69,16 @@ class CudaDevice:
     def __init__(self, device: torch.device) -> None:
         self.torch_device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._beside = torch.cuda.Stream(device, priority=-1)
 
     def active(self) -> AbstractContextManager[object]:
         return on_device(self.torch_device)
 
     def submit(self, work: Callable[[], None]) -> None:
         work()
+
+    def beside(self) -> AbstractContextManager[object]:
+        return torch.cuda.stream(self._beside)
 
     def record(self) -> Event:
         event = torch.cuda.Event()

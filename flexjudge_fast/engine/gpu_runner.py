@@ -1,6 +1,7 @@
 """Runs steps on a GPU: queued, not waited for; decode steps as recorded graphs; tokens drawn there, too."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ from flexjudge_fast.engine.device import Device, Event, Graph
 from flexjudge_fast.engine.encoder_runner import EncoderRunner
 from flexjudge_fast.engine.graph_ladder import GraphLadder, Rung
 from flexjudge_fast.engine.input_buffers import InputBuffers, ModelInput
-from flexjudge_fast.engine.launch import DeviceDraw, DeviceResult
+from flexjudge_fast.engine.launch import Behind, DeviceDraw, DeviceResult
 from flexjudge_fast.engine.model_runner import ModelRunner
 from flexjudge_fast.layers.attention import AttentionInput
 from flexjudge_fast.models.decoder import Decoder
@@ -43,7 +44,7 @@ class GpuFlight:
     slot: _Slot
     num_rows: int
     num_draws: int
-    done: Event | None = None
+    done: Event | None = None  # and its logits kept, if they must be
     tokens: torch.Tensor | None = None  # [num_draws] int64
     logits: torch.Tensor | None = None  # [num_rows, vocab_size] float32
 
@@ -107,20 +108,33 @@ class GpuRunner(ModelRunner):
 
     def run(self, batch: Batch) -> tuple[torch.Tensor, list[bool]]:
         """See `ModelRunner.run`."""
-        found = self.launch(batch, (), None, {}).wait()
+        found = self.launch(batch, (), None).wait()
         return found.logits, list(found.finite)
 
     @torch.inference_mode()
-    def launch(
-        self, batch: Batch, draws: Sequence[DeviceDraw], behind: GpuFlight | None, feed: Mapping[int, int]
-    ) -> GpuFlight:
+    def launch(self, batch: Batch, draws: Sequence[DeviceDraw], behind: Behind | None) -> GpuFlight:
         """See `LaunchingRunner.launch`."""
         with self._device.active():
-            return self._launch(batch, draws, behind, feed)
+            if behind is not None and behind.keep:
+                self._keep_logits(behind.flight)
+            return self._launch(batch, draws, behind)
 
-    def _launch(
-        self, batch: Batch, draws: Sequence[DeviceDraw], behind: GpuFlight | None, feed: Mapping[int, int]
-    ) -> GpuFlight:
+    def beside(self) -> AbstractContextManager[object]:
+        """See `LaunchingRunner.beside`."""
+        return self._device.beside()
+
+    def _keep_logits(self, flight: GpuFlight) -> None:
+        """A copy, as the next step may write where they are."""
+
+        def work() -> None:
+            with torch.inference_mode():
+                assert flight.logits is not None
+                flight.logits = flight.logits.clone()
+
+        self._device.submit(work)
+        flight.done = self._device.record()
+
+    def _launch(self, batch: Batch, draws: Sequence[DeviceDraw], behind: Behind | None) -> GpuFlight:
         slot = self._slots[0]
         self._slots.reverse()
         slot.wait()
@@ -134,8 +148,7 @@ class GpuRunner(ModelRunner):
         def work() -> None:
             with torch.inference_mode():
                 copy_blocks(self.cache, batch.block_copies)
-                known = None if behind is None else behind.tokens
-                logits, finite = self._step(inputs, plan, rung, known, feed)
+                logits, finite = self._step(inputs, plan, rung, behind)
                 flight.logits = logits[:num_rows]
                 flight.tokens = sample_on_device(
                     flight.logits, [d.draw for d in draws], [d.banned for d in draws], self._masks
@@ -162,22 +175,22 @@ class GpuRunner(ModelRunner):
         inputs: ModelInput,
         plan: HostPlan | HostFlashPlan | None,
         rung: Rung | None,
-        known: torch.Tensor | None,
-        feed: Mapping[int, int],
+        behind: Behind | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits and which rows are finite; `feed`: places in `known` of the tokens that begin chunks."""
-        key = (rung, plan.decode_rows if isinstance(plan, HostPlan) else 0)
+        """Logits and which rows are finite."""
+        key = (rung, plan.cut.decode_rows if isinstance(plan, HostPlan) else 0)
         recorded = None if rung is None else self._recorded.get(key)
         if recorded is None:
             here = _upload(inputs, plan, self._device.torch_device)
         else:
             here = recorded.inputs
             _overwrite(here, inputs, plan)
-        if feed:
-            assert known is not None
-            where = torch.tensor([list(feed), list(feed.values())], dtype=torch.int64)
-            places, sources = where.to(known.device, non_blocking=True)
-            here.token_ids[places] = known[sources]  # each chunk is one token
+        if behind is not None and behind.feed:
+            drawn = behind.flight.tokens
+            starts = inputs.attention.query_start.tolist()
+            where = torch.tensor([[starts[i] for i in behind.feed], list(behind.feed.values())])
+            places, sources = where.to(drawn.device, non_blocking=True)
+            here.token_ids[places] = drawn[sources]
 
         out = None if rung is None else self._logits[: rung.num_seqs]
         decoder = cast(Decoder, self.model)  # PackedModel is for the CPU

@@ -1,6 +1,7 @@
 """What travels between the stepper and a runner whose steps are launched and waited for apart."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -33,22 +34,31 @@ class InFlight(Protocol):
     """A launched step."""
 
     def wait(self) -> DeviceResult:
-        """Block until it is done. Its logits are valid until the next step is launched."""
+        """Block until it is done. Its logits are valid until a step is launched that does not keep them."""
         ...
+
+
+@dataclass(frozen=True)
+class Behind:
+    """The step before, which is still under way, and what is wanted of it.
+
+    feed: the chunks, by index, that are one token which only the device knows: which of its draws that is.
+    keep: its logits are still to be read.
+    """
+
+    flight: Any
+    feed: Mapping[int, int]
+    keep: bool
 
 
 @runtime_checkable
 class LaunchingRunner(Protocol):
     """A `ModelRunner` that can launch a step behind one that is still under way."""
 
-    def launch(
-        self, batch: Batch, draws: Sequence[DeviceDraw], behind: Any, feed: Mapping[int, int]
-    ) -> InFlight:
-        """Start a step.
+    def launch(self, batch: Batch, draws: Sequence[DeviceDraw], behind: Behind | None) -> InFlight:
+        """Start a step. draws: drawn on the device, as soon as their rows are there."""
+        ...
 
-        Args:
-            draws: drawn on the device, as soon as their rows are there.
-            behind: the step before, still under way; `feed`: which of its draws each of the batch's
-                chunks begins with, by the chunk's index.
-        """
+    def beside(self) -> AbstractContextManager[object]:
+        """Inside it, logits can be read while the next step runs."""
         ...

@@ -59,6 +59,7 @@ class Request:
     probe: Probe | None = None
     token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
+    num_preemptions: int = 0
     num_cached: int | None = None  # tokens found in the prefix cache at first admission
     block_table: list[int] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)  # of the full blocks of token_ids

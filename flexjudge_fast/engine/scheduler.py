@@ -1,7 +1,7 @@
 """Packs requests into one batch per step: decode tokens and prompt chunks side by side, over paged blocks."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from flexjudge_fast.engine.batch import Batch, Chunk
@@ -41,7 +41,9 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0  # of the prompt tokens, found in the prefix cache
-        self._pending: dict[bytes, list[BlockContent]] = {}  # full blocks that this step computes, by parent
+        # Full blocks, by parent, that this step computes, and those of the step that is under way.
+        self._pending: dict[bytes, list[BlockContent]] = {}
+        self._under_way: dict[bytes, list[BlockContent]] = {}
         self._copies: list[tuple[int, int]] = []
         self._chunks: list[Chunk] = []
 
@@ -66,30 +68,43 @@ class Scheduler:
         self._release(request)
 
     def schedule(self) -> Batch:
-        """The next step. Empty when nothing can run."""
-        self._pending, self._copies, self._chunks = {}, [], []
-        budget = self.limits.max_batched_tokens
+        """The next step, where none is under way. Empty when nothing can run."""
+        self._under_way, self._pending, self._copies, self._chunks = {}, {}, [], []
+        return self._fill(self.limits.max_batched_tokens, ())
+
+    def schedule_ahead(self, going_on: Sequence[Chunk], under_way: Collection[Request]) -> Batch | None:
+        """The step behind one that is still under way.
+
+        Args:
+            going_on: what follows on chunks of that step, whatever it gives.
+            under_way: the requests of that step. Those that do not go on wait for what it gives.
+
+        Returns:
+            `going_on`, and what else can run. `None` if there are no blocks for it, or nothing runs.
+        """
+        size = self.limits.block_size
+        growth = [max(0, -(-chunk.end // size) - len(chunk.request.block_table)) for chunk in going_on]
+        if sum(growth) > self.pool.num_free:
+            return None
+        self._under_way, self._pending, self._copies, self._chunks = self._pending, {}, [], []
+        for chunk, count in zip(going_on, growth, strict=True):
+            chunk.request.block_table.extend(self.pool.allocate() for _ in range(count))
+            self._add(chunk)
+        budget = self.limits.max_batched_tokens - sum(chunk.num_tokens for chunk in going_on)
+        batch = self._fill(budget, under_way)
+        return batch if batch.chunks else None
+
+    def _fill(self, budget: int, under_way: Collection[Request]) -> Batch:
+        """The chunks so far, and those of whoever is not under way, up to `budget` tokens."""
         for request in list(self.running):
             if budget == 0:
                 break
-            if request.block_table and self._make_room(request, min(request.num_uncomputed, budget)):
+            if request in under_way or not request.block_table:
+                continue
+            if self._make_room(request, min(request.num_uncomputed, budget)):
                 budget -= self._plan(request, budget)
         self._admit(budget)
         return Batch(tuple(self._chunks), tuple(self._copies))
-
-    def plan_ahead(self, chunks: Sequence[Chunk]) -> Batch | None:
-        """The step behind one that is still under way, and in which each chunk's request draws a token.
-
-        Returns:
-            A chunk of one token each, not known yet. `None` if there are none, or no blocks for them.
-        """
-        size = self.limits.block_size
-        growing = [chunk.request for chunk in chunks if chunk.end == size * len(chunk.request.block_table)]
-        if not chunks or len(growing) > self.pool.num_free:
-            return None
-        for request in growing:
-            request.block_table.append(self.pool.allocate())
-        return Batch(tuple(Chunk(chunk.request, chunk.end, 1) for chunk in chunks), ())
 
     def commit(self, batch: Batch) -> None:
         """The step has run: its tokens are computed and its full blocks can be found."""
@@ -107,6 +122,7 @@ class Scheduler:
     def preempt(self, request: Request) -> None:
         """Release a request's blocks; it starts over (from what the prefix cache still holds) later."""
         self.num_preemptions += 1
+        request.num_preemptions += 1
         self._release(request)
         request.num_computed = 0
         if request in self.running:
@@ -124,13 +140,18 @@ class Scheduler:
     def _plan(self, request: Request, budget: int) -> int:
         """Add the request's next chunk to the batch; its blocks are there. Returns its tokens."""
         chunk = Chunk(request, request.num_computed, min(request.num_uncomputed, budget))
-        self._chunks.append(chunk)
-        if self.limits.prefix_caching:
-            request.extend_digests(self.limits.block_size)
-            for index in range(chunk.start // self.limits.block_size, chunk.end // self.limits.block_size):
-                content = request.block_content(index, self.limits.block_size)
-                self._pending.setdefault(content.parent, []).append(content)
+        self._add(chunk)
         return chunk.num_tokens
+
+    def _add(self, chunk: Chunk) -> None:
+        """To this step, with the blocks that it fills, if their tokens are known."""
+        self._chunks.append(chunk)
+        request, size = chunk.request, self.limits.block_size
+        if self.limits.prefix_caching and chunk.end <= len(request.token_ids):
+            request.extend_digests(size)
+            for index in range(chunk.start // size, chunk.end // size):
+                content = request.block_content(index, size)
+                self._pending.setdefault(content.parent, []).append(content)
 
     def _make_room(self, request: Request, num_tokens: int) -> bool:
         """Blocks for the next tokens of a running request, preempting the youngest others if need be."""
@@ -173,7 +194,7 @@ class Scheduler:
                 return
             holds_nothing = not request.block_table
             if holds_nothing and not self._reuse_prefix(request):
-                continue  # what it needs is being computed in this very step: one step later it is there
+                continue  # what it needs is being computed at this moment: one step later it is there
             num_tokens = min(request.num_uncomputed, budget)
             while not self._grow(request, num_tokens):
                 victim = None if self._chunks else self._victim(request)
@@ -228,5 +249,6 @@ class Scheduler:
         rest, media = request.token_ids[done : min(end, request.first_logit)], request.media_in(done, end)
         return any(
             content.media_keys == media and common_prefix_len(content.token_ids, rest) > partial_len
-            for content in self._pending.get(parent, ())
+            for pending in (self._under_way, self._pending)
+            for content in pending.get(parent, ())
         )

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flexjudge_fast.layers.linear import Linear
+from flexjudge_fast.layers.linear import Activations, Linear
 from flexjudge_fast.ops.attention_plan import AttentionPlan
 from flexjudge_fast.ops.flash_attention import FlashPlan
 from flexjudge_fast.ops.paged_attention import paged_attention
@@ -37,12 +37,16 @@ class Attention:
 
     def __call__(
         self,
-        x: torch.Tensor,
+        x: Activations,
         angles: RotaryAngles,
         cache: torch.Tensor,
         inputs: AttentionInput,
     ) -> torch.Tensor:
-        """x: [num_tokens, hidden]; cache: one layer's [2, num_blocks, block_size, num_kv_heads, row_size]."""
+        """Self-attention of a step's tokens.
+
+        x: [num_tokens, hidden], as `qkv` takes it.
+        cache: one layer's [2, num_blocks, block_size, num_kv_heads, row_size].
+        """
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [num_tokens, q + k + v heads, head_dim]
         attended = paged_attention(
             rotary_kv(heads, angles, cache, inputs.slot_mapping),

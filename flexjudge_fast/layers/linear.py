@@ -14,9 +14,16 @@ from flexjudge_fast.ops.linear_w4a16 import (
     linear_w4a16,
     repack_w4_blocks,
 )
-from flexjudge_fast.ops.linear_w8a8 import W8Matrix, linear_w8a8, quantize_tokens, repack_w8
+from flexjudge_fast.ops.linear_w8a8 import (
+    QuantizedTokens,
+    W8Matrix,
+    linear_w8a8,
+    quantize_tokens,
+    repack_w8,
+)
 from flexjudge_fast.weights.tensor import DenseTensor, QuantTensor, StoredWeight, Weight
 
+Activations = torch.Tensor | QuantizedTokens  # [num_tokens, features]
 Matrix = DenseTensor | QuantTensor | W4Matrix | W8Matrix
 
 
@@ -40,14 +47,18 @@ class Linear:
         self.matrices = [_repack(w, eight_bits) for w in (_merge(weights) if merge else weights)]
         self.bias = bias  # [out_features]
         self.out_features = sum(m.shape[0] for m in self.matrices)
+        types = {m.codes.dtype if isinstance(m, W8Matrix) else None for m in self.matrices}
+        self.takes = (
+            types.pop() if len(types) == 1 else None
+        )  # what activations are quantised to, if they are
 
     @property
     def weights(self) -> list[Weight]:
         """Those that are kept as stored, which on a CPU are all of them."""
         return [m for m in self.matrices if isinstance(m, DenseTensor | QuantTensor)]
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[num_tokens, in_features] to [num_tokens, out_features], same dtype."""
+    def __call__(self, x: Activations) -> torch.Tensor:
+        """[num_tokens, in_features], plain or as it `takes` them, to [num_tokens, out_features]."""
         if len(self.matrices) == 1:
             return _apply(x, self.matrices[0], self.bias)
         out = torch.cat([_apply(x, matrix, None) for matrix in self.matrices], dim=-1)
@@ -58,14 +69,17 @@ class Linear:
         return sum(m.nbytes for m in self.matrices) + (0 if self.bias is None else self.bias.nbytes)
 
 
-def _apply(x: torch.Tensor, matrix: Matrix, bias: torch.Tensor | None) -> torch.Tensor:
+def _apply(x: Activations, matrix: Matrix, bias: torch.Tensor | None) -> torch.Tensor:
+    if isinstance(matrix, W8Matrix):
+        if not isinstance(x, QuantizedTokens):
+            x = QuantizedTokens(*quantize_tokens(x, matrix.codes.dtype), x.dtype)
+        return linear_w8a8(x.codes, x.scales, matrix, bias, x.dtype)
+    if isinstance(x, QuantizedTokens):
+        raise TypeError("quantised activations for a weight that has none")
     if isinstance(matrix, DenseTensor):
         return linear(x, matrix.data, bias)
     if isinstance(matrix, W4Matrix):
         return linear_w4a16(x, matrix, bias)
-    if isinstance(matrix, W8Matrix):
-        codes, scales = quantize_tokens(x, matrix.codes.dtype)
-        return linear_w8a8(codes, scales, matrix, bias, x.dtype)
     out = quantized_linear(x, matrix.blocks, matrix.format.name)
     return out if bias is None else out + bias
 

@@ -60,14 +60,15 @@ class Decoder:
             [num_tokens, hidden], after the final norm.
         """
         residual = self.embed(token_ids, inputs.media)  # [num_tokens, hidden]
-        x = self.layers[0].input_norm(residual)
         angles = self.rotary(inputs.positions, self.dtype)
-        norms = [layer.input_norm for layer in self.layers[1:]] + [self.norm]
-        for layer, layer_cache, next_norm in zip(self.layers, cache, norms, strict=True):
-            x = layer.attention(x, angles, layer_cache, inputs)
-            x, residual = layer.post_norm.add(x, residual)
-            x, residual = next_norm.add(layer.mlp(x), residual)
-        return x
+        x = self.layers[0].input_norm.before(self.layers[0].attention.qkv, residual)
+        for layer, layer_cache, following in zip(self.layers, cache, [*self.layers[1:], None], strict=True):
+            out = layer.attention(x, angles, layer_cache, inputs)
+            x, residual = layer.post_norm.add_before(layer.mlp.gate_up, out, residual)
+            out = layer.mlp(x)
+            if following is not None:
+                x, residual = following.input_norm.add_before(following.attention.qkv, out, residual)
+        return self.norm.add(out, residual)[0]
 
     def step(
         self,

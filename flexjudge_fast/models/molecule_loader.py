@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from flexjudge_fast.layers.linear import Linear
+from flexjudge_fast.layers.linear import Activations, Linear
 from flexjudge_fast.layers.norm import LayerNorm
 from flexjudge_fast.models.loader import TensorLoader
 from flexjudge_fast.ops.packed import pack, packed_linear
@@ -24,7 +24,8 @@ class PackedProduct(Linear):
         self.out_features = len(weight)
         self.num_threads = num_threads
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Activations) -> torch.Tensor:
+        assert isinstance(x, torch.Tensor)  # it takes no quantised ones
         out = packed_linear(x.contiguous(), self.packed, _PLAIN_TERMS, self.num_threads)
         return out if self.bias is None else out.add_(self.bias)
 

@@ -6,10 +6,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-CHUNK = 256  # positions that are reduced by themselves, counted from a sequence's first
 _WIDTH = 4  # numbers of an entry in any list
 
 Numbers = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the kernels of a layer want their work.
+
+    group: query heads of a KV head; chunk: positions that are reduced by themselves, from a sequence's first
+    on; decode_rows, prefill_rows: (token, head) pairs in one program's tile, at least `group`.
+    """
+
+    group: int
+    chunk: int
+    decode_rows: int
+    prefill_rows: int
 
 
 @dataclass(frozen=True)
@@ -24,9 +37,7 @@ class AttentionPlan:
     order: torch.Tensor
     merges: torch.Tensor
     tiles: torch.Tensor
-    group: int
-    decode_rows: int
-    prefill_rows: int
+    cut: Cut
 
     @property
     def has_decode(self) -> bool:
@@ -55,15 +66,11 @@ class HostPlan:
         of partial results, 0.
     tiles: prefill work: row of the block tables, first row of the query, number of tokens, keys that the
         first token sees. The others see one more each.
-
-    group: query heads of a KV head; decode_rows, prefill_rows: (token, head) pairs in one program's tile.
     """
 
     buffer: Numbers
     lengths: tuple[int, int, int, int]
-    group: int
-    decode_rows: int
-    prefill_rows: int
+    cut: Cut
 
     @property
     def items(self) -> Numbers:
@@ -88,28 +95,21 @@ class HostPlan:
         """One copy to the device."""
         buffer = torch.from_numpy(self.buffer).to(device, non_blocking=True)
         items, order, merges, tiles = buffer.split(self.lengths)
-        return AttentionPlan(
-            buffer, items, order, merges, tiles, self.group, self.decode_rows, self.prefill_rows
-        )
+        return AttentionPlan(buffer, items, order, merges, tiles, self.cut)
 
 
-@dataclass(frozen=True)
-class TileRows:
-    """(token, head) pairs that one program of the kernels takes, for a layer on the current device."""
-
-    prefill: int
-    decode: int
-    shared: int  # decode, where sequences have blocks in common
-
-
-def tile_rows(
+def attention_cuts(
     dtype: torch.dtype, kv_dtype: torch.dtype, block_size: int, heads: int, kv_heads: int, head_dim: int
-) -> TileRows:
-    """As the kernels' tile tables say. ValueError: no kernel is for these."""
+) -> tuple[Cut, Cut]:
+    """For a layer on the current device: sequences by themselves, and with blocks in common.
+
+    Raises:
+        ValueError: no kernel is for these.
+    """
     from flexjudge_fast.kernels.attention_sizes import attention_sizes
 
     sizes = attention_sizes(dtype, kv_dtype, block_size, heads, kv_heads, head_dim)
-    return TileRows(*(part["BLOCK_M"] for part in (sizes.prefill, sizes.decode, sizes.shared)))
+    return sizes.cut, sizes.shared_cut
 
 
 def plan_attention(
@@ -117,11 +117,8 @@ def plan_attention(
     context_lens: NDArray[np.int64],
     block_tables: NDArray[np.int64],
     block_size: int,
-    group: int,
-    rows_per_tile: int,
+    cut: Cut,
     max_items: int | None = None,
-    *,
-    prefill_rows: int | None = None,
 ) -> HostPlan:
     """Cut a step into programs. Sequences with one new token are decoded, those with more are prefill.
 
@@ -129,24 +126,20 @@ def plan_attention(
         query_start: [num_seqs + 1] offsets into the query.
         context_lens: [num_seqs], new tokens included.
         block_tables: [num_seqs, max_blocks]; entries past a context are not looked at.
-        group: query heads of a KV head.
-        rows_per_tile: (sequence, head) pairs of one decode program, at least `group`.
         max_items: length of the decode lists, at least the chunks of all decoded sequences; without it, they
             are as long as they must be.
-        prefill_rows: (token, head) pairs of one prefill program; `rows_per_tile` without it.
 
     Raises:
         ValueError: `max_items` is too small, or a tile holds less than a group.
     """
-    prefill_rows = prefill_rows or rows_per_tile
-    if min(rows_per_tile, prefill_rows) < group:
-        raise ValueError(f"tiles of {rows_per_tile} and {prefill_rows} rows cannot hold a group of {group}")
+    if min(cut.decode_rows, cut.prefill_rows) < cut.group:
+        raise ValueError(f"a tile cannot hold a group: {cut}")
     starts, lens, tables = (np.asarray(x, dtype=np.int64) for x in (query_start, context_lens, block_tables))
     new = np.diff(starts)
     decoded = np.flatnonzero(new == 1)
-    counts = -(-lens[decoded] // CHUNK)
+    counts = -(-lens[decoded] // cut.chunk)
     firsts = np.cumsum(counts) - counts
-    items, order = _decode_lists(decoded, lens, tables, block_size, counts, rows_per_tile // group)
+    items, order = _decode_lists(decoded, lens, tables, block_size, counts, cut)
     order[:, 3] += firsts[order[:, 0]]
     order[:, 1:3] = np.stack((starts[:-1], lens), 1)[decoded[order[:, 0]]]
     order[:, 0] = decoded[order[:, 0]]
@@ -158,10 +151,10 @@ def plan_attention(
         if max_items < len(order):
             raise ValueError(f"{len(order)} chunks to decode, max_items is {max_items}")
         items, order = (np.pad(x, ((0, max_items - len(x)), (0, 0))) for x in (items, order))
-    tiles = _prefill_tiles(starts, lens, new, prefill_rows // group)
+    tiles = _prefill_tiles(starts, lens, new, cut.prefill_rows // cut.group)
     lists = (items, order, merges, tiles)
     lengths = (len(items), len(order), len(merges), len(tiles))
-    return HostPlan(np.concatenate(lists).astype(np.int32), lengths, group, rows_per_tile, prefill_rows)
+    return HostPlan(np.concatenate(lists).astype(np.int32), lengths, cut)
 
 
 def _decode_lists(
@@ -170,12 +163,10 @@ def _decode_lists(
     tables: NDArray[np.int64],
     block_size: int,
     counts: NDArray[np.int64],
-    most: int,
+    cut: Cut,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Items, and their order: [:, 0] an index into `decoded`, [:, 3] the chunk, the rest zeros.
-
-    most: sequences that a program can hold.
-    """
+    """Items, and their order: [:, 0] an index into `decoded`, [:, 3] the chunk, the rest zeros."""
+    most = cut.decode_rows // cut.group  # sequences that a program can hold
     total = int(counts.sum())
     which = np.repeat(np.arange(len(decoded)), counts)
     chunks = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -185,8 +176,8 @@ def _decode_lists(
         return items, order
     begins = np.ones(total, dtype=bool)  # of items
     if most > 1 and len(decoded) > 1:
-        blocks = _blocks_of_chunks(tables[decoded], which, chunks, block_size)
-        full = (chunks + 1) * CHUNK <= lens[decoded[which]]
+        blocks = _blocks_of_chunks(tables[decoded], which, chunks, block_size, cut.chunk)
+        full = (chunks + 1) * cut.chunk <= lens[decoded[which]]
         odd = np.random.default_rng(0).integers(1, 2**62, blocks.shape[1]) * 2 + 1
         places = np.lexsort((which, (blocks * odd).sum(1), ~full, chunks))  # the same blocks come together
         which, chunks, full, blocks = which[places], chunks[places], full[places], blocks[places]
@@ -201,10 +192,14 @@ def _decode_lists(
 
 
 def _blocks_of_chunks(
-    tables: NDArray[np.int64], which: NDArray[np.int64], chunks: NDArray[np.int64], block_size: int
+    tables: NDArray[np.int64],
+    which: NDArray[np.int64],
+    chunks: NDArray[np.int64],
+    block_size: int,
+    chunk: int,
 ) -> NDArray[np.int64]:
     """[num_pairs, most blocks of a chunk]: the blocks with positions of each (sequence, chunk), and zeros."""
-    begin, end = chunks * CHUNK // block_size, -(-(chunks + 1) * CHUNK // block_size)
+    begin, end = chunks * chunk // block_size, -(-(chunks + 1) * chunk // block_size)
     places = begin[:, None] + np.arange(int((end - begin).max()))
     inside = (places < end[:, None]) & (places < tables.shape[1])
     return np.where(inside, tables[which[:, None], np.where(inside, places, 0)], 0)

@@ -37,6 +37,15 @@ class W8Matrix:
         return W8Matrix(self.codes.to(device), self.scales.to(device))
 
 
+@dataclass(frozen=True, eq=False)
+class QuantizedTokens:
+    """Activations [num_tokens, columns], quantised for a product with a `W8Matrix`; in a model of `dtype`."""
+
+    codes: torch.Tensor  # int8 or float8_e4m3fn
+    scales: torch.Tensor  # float32 [num_tokens]
+    dtype: torch.dtype
+
+
 def has_w8a8(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether there are kernels for products of int8 or float8_e4m3fn: on GPUs, where they have the type."""
     if not uses_triton(torch.empty(0, device=device)):

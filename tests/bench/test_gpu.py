@@ -7,7 +7,9 @@ import torch
 
 from bench import tune
 from bench.gpu import KernelRow, main, show_kernels
+from bench.gpu_host import Costs, measure
 from flexjudge_fast.kernels.tiles import tiles
+from tests.models import write_checkpoint
 
 
 def test_it_says_that_there_is_no_gpu(capsys):
@@ -38,3 +40,9 @@ def test_trials_lay_their_sizes_over_the_tables():
             assert over.items() <= tiles("linear", "t16").items()
         assert json.loads(trial.line(1.5))["linear"] == over
     assert tiles("linear", "t16") == before
+
+
+def test_the_host_beside_a_clock(tmp_path):
+    write_checkpoint(tmp_path)
+    found = measure(tmp_path, Costs(step=1e-3, token=0.0, launch=1e-4, replay=1e-4), num_pairs=2, num_seqs=8)
+    assert found["pairs/s"] > 0 and 0 < found["device busy, %"] <= 100

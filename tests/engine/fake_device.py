@@ -33,6 +33,9 @@ class FakeDevice:
         if self._eager:
             self.run_to(len(self._queue))
 
+    def beside(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
     def record(self) -> Event:
         return _FakeEvent(self, len(self._queue))
 

@@ -7,13 +7,16 @@ import pytest
 import torch
 
 from flexjudge_fast import Engine, Judge, Judgement, SamplingParams
+from flexjudge_fast.engine.ahead import _Flight
 from flexjudge_fast.engine.attention_plans import NoPlanner
+from flexjudge_fast.engine.batch import Batch, Chunk
 from flexjudge_fast.engine.config import EngineConfig
 from flexjudge_fast.engine.engine import EngineInput
 from flexjudge_fast.engine.gpu_runner import GpuRunner
 from flexjudge_fast.engine.graph_ladder import GraphLadder
 from flexjudge_fast.engine.input_buffers import InputBuffers
 from flexjudge_fast.engine.model_runner import ModelRunner
+from flexjudge_fast.engine.request import Request
 from flexjudge_fast.engine.scheduler import Scheduler
 from flexjudge_fast.engine.setup import load_parts
 from tests.engine.fake_device import FakeDevice, HashModel
@@ -97,12 +100,84 @@ def test_the_same_as_plain_steps(folder, seed):
     assert found[0] == found[1]
 
 
+def count_steps(engine):
+    """How many steps there are from here on, in a list of one."""
+    count, step = [0], engine._stepper.step
+
+    def counting():
+        count[0] += 1
+        step()
+
+    engine._stepper.step = counting
+    return count
+
+
 def test_most_steps_are_launched_ahead_and_replayed(folder):
     with make_engine(folder, True) as engine:
         engine.generate(["hello", "there"], SamplingParams(max_tokens=50, ignore_eos=True))
         runner = engine._parts.runner
         assert engine._stepper.num_ahead >= 48
         assert runner.num_replays >= 48
+
+
+def test_who_comes_and_goes_does_not_hold_up_the_others(folder):
+    """Prompts in chunks, forks, and choices of the host beside those that just go on."""
+    params = [
+        SamplingParams(
+            n=1 + (i % 5 == 0), max_tokens=15 + 3 * i, ignore_eos=True, logprobs=2 if i == 7 else None
+        )
+        for i in range(20)
+    ]
+    with make_engine(folder, True, max_batched_tokens=16) as engine:
+        inputs = [EngineInput(engine.encode(f"{i} {WORDS[i % 7]}"), p) for i, p in enumerate(params)]
+        steps = count_steps(engine)
+        assert all(output.error is None for output in engine.run(inputs))
+        assert engine._stepper.num_ahead > 0.9 * steps[0]
+
+
+def test_what_is_under_way_is_not_computed_twice(folder):
+    """Prompts with a beginning in common wait for who computes it, also where that is the step before."""
+    prompts = [f"{'the same rubric for all of them, ' * 3}{i}" for i in range(12)]
+    counts = []
+    for ahead in (False, True):
+        with make_engine(folder, ahead, max_batched_tokens=64, max_len=512) as engine:
+            engine.generate(prompts, SamplingParams(max_tokens=20, ignore_eos=True))
+            counts.append(engine.stats().num_forward_tokens)
+    assert counts[1] <= counts[0] + len(prompts)  # a token each that turns out void
+
+
+@pytest.mark.parametrize("seed", [7, 13])
+def test_who_lost_its_blocks_meanwhile_starts_over(folder, seed):
+    """Preempted while its step is under way, and admitted again before that is read."""
+    rng = np.random.default_rng(seed)
+    asked = [
+        SamplingParams(
+            temperature=1.0,
+            seed=i,
+            max_tokens=int(rng.integers(40, 90)),
+            ignore_eos=True,
+            logprobs=1 if rng.random() < 0.4 else None,
+        )
+        for i in range(12)
+    ]
+    limits = {"num_blocks": 66, "max_batched_tokens": 12, "prefix_caching": False, "eager": True}
+    found = []
+    for ahead in (False, True):
+        with make_engine(folder, ahead, **limits) as engine:
+            inputs = [EngineInput(engine.encode(f"p{i}"), params) for i, params in enumerate(asked)]
+            outputs = sorted(engine.run(inputs), key=lambda output: output.index)
+            found.append([outcome(output) for output in outputs])
+            engine.check_integrity()
+    assert found[0] == found[1]
+
+
+def test_results_from_before_a_preemption_are_void(folder):
+    with make_engine(folder, True) as engine:
+        request = Request(1, (1, 2, 3), SamplingParams(), engine.tokenizer, frozenset(), 10)
+        flight = _Flight(Batch((Chunk(request, 0, 3),), ()), (0,), (range(1),), (), None, frozenset())
+        assert flight.valid({request}) == [0] and flight.valid(set()) == []
+        engine._parts.scheduler.preempt(request)
+        assert flight.valid({request}) == []
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -124,12 +199,16 @@ def test_judgements(folder, seed):
         )
         for kind in rng.choice(list(kinds), 6)
     ]
-    found = []
+    found, computed = [], []
     for ahead in (False, True):
         with make_engine(folder, ahead, num_blocks=4000, max_len=2048, eager=seed % 2 == 1) as engine:
             found.append([plain(v) for v in sorted(Judge(engine).run(items), key=lambda v: v.index)])
             engine.check_integrity()
+            computed.append(engine.stats().num_forward_tokens)
     assert found[0] == found[1]
+    assert computed[1] <= computed[0] + 2 * sum(
+        item.votes for item in items
+    )  # a void token each, both orders
     assert {v["finish_reason"] for v in found[0]} == {"answer"}
 
 

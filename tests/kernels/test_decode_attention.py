@@ -99,20 +99,14 @@ def test_loads_are_those_of_the_catalog(cache, shares, monkeypatch):
     assert counts["cache"] == 2 * read_once * 2 * case.cache.shape[-1] * case.cache.element_size()
 
 
-def test_excess_of_bytes():
-    """The decode of a 7B judge: within 5% of the least; 7% with the merge."""
-    by_case = {launch.case: launch for launch in launches(ModelShape())}
-    launch = by_case["decode 2048, bfloat16"]
-    plan = plan_step(ModelShape(), *_decode_2048(), False)
-    parts = decode_bytes(ModelShape(), plan)
-    merged = parts["partials read"] + parts["merges"] + parts["out"]
-    assert launch.moved_bytes == sum(parts.values())
-    assert (launch.moved_bytes - merged) / launch.num_bytes <= 1.05
-    assert launch.moved_bytes / launch.num_bytes <= 1.07
-
-
-def _decode_2048() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return np.arange(17), np.full(16, 2048), block_tables([2048] * 16, 0, 16)
+@pytest.mark.parametrize(("kv_dtype", "bar"), [(torch.bfloat16, 1.05), (torch.int8, 1.08)])
+def test_excess_of_bytes(kv_dtype, bar):
+    """The decode of a 7B judge with its merge, beside the least; docs/gpu.md says what bounds 8 bits."""
+    shape = ModelShape(kv_dtype=kv_dtype)
+    launch = next(launch for launch in launches(shape) if launch.case.startswith("decode 2048, "))
+    step = np.arange(17), np.full(16, 2048), block_tables([2048] * 16, 0, 16)
+    assert launch.moved_bytes == sum(decode_bytes(shape, plan_step(shape, *step, False)).values())
+    assert launch.moved_bytes / launch.num_bytes <= bar
 
 
 @pytest.mark.gpu

@@ -8,9 +8,12 @@ import torch
 from flexjudge_fast.engine.engine import Engine
 from flexjudge_fast.errors import InvalidArgumentError
 from flexjudge_fast.layers.linear import Linear
+from flexjudge_fast.layers.mlp import GatedMLP
+from flexjudge_fast.layers.norm import RMSNorm
 from flexjudge_fast.ops.linear_w4a16 import W4Matrix
-from flexjudge_fast.ops.linear_w8a8 import W8Matrix
+from flexjudge_fast.ops.linear_w8a8 import QuantizedTokens, W8Matrix, repack_w8
 from flexjudge_fast.ops.quantize import quantize_reference
+from flexjudge_fast.ops.swiglu import swiglu
 from flexjudge_fast.weights.formats import find_format
 from flexjudge_fast.weights.quantization import find_activation_quantization
 from flexjudge_fast.weights.tensor import DenseTensor, QuantTensor
@@ -66,6 +69,34 @@ def test_eight_bits(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     layer = Linear(weights, bias, eight_bits=scheme.dtype)
     assert [type(m) for m in layer.matrices] == [W8Matrix]
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_what_feeds_eight_bits_is_quantised_in_the_same_launch(dtype, monkeypatch) -> None:
+    """The bits are those of a norm and a SwiGLU that are quantised afterwards."""
+    monkeypatch.setenv("FLEXJUDGE_BACKEND", "triton")
+    x, residual = torch.randn(3, 40), torch.randn(3, 40)
+    gate_up = Linear([DenseTensor(torch.randn(96, 40))], eight_bits=dtype)
+    down = Linear([DenseTensor(torch.randn(40, 48))], eight_bits=dtype)
+    norm = RMSNorm(torch.randn(40), 1e-6)
+    assert gate_up.takes == down.takes == dtype
+    assert torch.equal(gate_up(norm.before(gate_up, x)), gate_up(norm(x)))
+    fed, total = norm.add_before(gate_up, x, residual)
+    normed, expected_total = norm.add(x, residual)
+    assert isinstance(fed, QuantizedTokens) and torch.equal(total, expected_total)
+    expected = down(swiglu(gate_up(normed)))
+    monkeypatch.setattr("flexjudge_fast.layers.linear.quantize_tokens", None)  # not needed from here on
+    assert torch.equal(GatedMLP(gate_up, down)(fed), expected)
+
+
+def test_layers_of_several_kinds_take_plain_activations() -> None:
+    codes = repack_w8(torch.randn(4, 32), torch.int8)
+    layer = Linear([codes, DenseTensor(torch.randn(4, 32))])
+    assert layer.takes is None and isinstance(
+        RMSNorm(torch.ones(32), 1e-6).before(layer, torch.ones(1, 32)), torch.Tensor
+    )
+    with pytest.raises(TypeError, match="quantised activations"):
+        layer(QuantizedTokens(torch.ones(1, 32, dtype=torch.int8), torch.ones(1), torch.float32))
 
 
 def test_eight_bits_are_for_layers_that_have_more() -> None:

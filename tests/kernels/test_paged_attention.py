@@ -85,9 +85,9 @@ def test_nan_among_the_keys_comes_out():
 def test_what_no_kernel_is_for_is_refused():
     case = make_case(torch.Generator().manual_seed(4), (2, 1), (20, 20), "float32", 2, 1, 16, 16)
     plan = case.plan()
-    for wrong in ({"decode_rows": 8}, {"prefill_rows": 8}, {"group": 1}):
-        with pytest.raises(ValueError, match="rows"):
-            case.run(dataclasses.replace(plan, **wrong))
+    for wrong in ({"decode_rows": 8}, {"prefill_rows": 8}, {"group": 1}, {"chunk": 64}):
+        with pytest.raises(ValueError, match="the plan is for"):
+            case.run(dataclasses.replace(plan, cut=dataclasses.replace(plan.cut, **wrong)))
     with pytest.raises(ValueError, match="head_dim 12"):
         dataclasses.replace(case, query=case.query[..., :12]).run(plan)
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-SANITIZED = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-THREADS = ["-O1", "-g", "-fsanitize=thread"]
+SANITIZED = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+THREADS = ["-O1", "-g1", "-fsanitize=thread"]
 
 
 EMULATED = ["-O1", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-mavx2", "-mfma", "-mf16c"]
