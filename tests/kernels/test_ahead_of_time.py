@@ -106,29 +106,40 @@ def test_the_command_refuses_a_folder_with_files(tmp_path: Path) -> None:
 
 
 REPORT = """
-import sys
+import importlib, sys
 from pathlib import Path
-from flexjudge_fast.kernels.aot.compile import compile_catalog
+import torch
+from flexjudge_fast.kernels.aot import compile
 from flexjudge_fast.kernels.aot.report import faults, measure
 from flexjudge_fast.kernels.catalog import ModelShape
 from flexjudge_fast.kernels.chips import find_arch
 
-arch = find_arch(sys.argv[2])
-shapes = [ModelShape(weights=weights) for weights in sys.argv[3].split(",")]
-compiled = compile_catalog(arch, shapes, Path(sys.argv[1]))
+folder, arch, part, weights, kv_dtype = sys.argv[1:]
+arch = find_arch(arch)
+compile.launches = importlib.import_module(f"flexjudge_fast.kernels.catalog_{part}").launches
+shape = ModelShape(weights=weights, kv_dtype=getattr(torch, kv_dtype))
+compiled = compile.compile_catalog(arch, [shape], Path(folder))
+assert compiled
 for variant, resources in measure(compiled):
     for fault in faults(resources, arch):
         print(f"{variant.label}: {fault}")
 """
 
 
-# `make kernels` compiles everything for every architecture; here is what differs most.
-CASES = [("sm_80", "bf16"), ("sm_90", "w4a16-g128"), ("sm_120", "int8")]
+# `make kernels` compiles everything for every architecture; here is a part for each.
+CASES = [
+    ("sm_80", "attention", "bf16", "bfloat16"),
+    ("sm_86", "linear", "bf16", "bfloat16"),
+    ("sm_89", "small", "bf16", "bfloat16"),
+    ("sm_90", "linear", "w4a16-g128", "bfloat16"),
+    ("sm_100", "attention", "bf16", "float8_e4m3fn"),
+    ("sm_120", "linear", "int8", "bfloat16"),
+]
 
 
-@pytest.mark.parametrize(("arch", "weights"), CASES)
-def test_kernels_of_a_7b_judge_fit(arch: str, weights: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("arch", "part", "weights", "kv_dtype"), CASES)
+def test_kernels_of_a_7b_judge_fit(arch: str, part: str, weights: str, kv_dtype: str, tmp_path: Path) -> None:
     """All compile; no spills, no local memory; shared memory within the limit; dots on the tensor cores."""
-    done = python(REPORT, str(tmp_path), arch, weights)
+    done = python(REPORT, str(tmp_path), arch, part, weights, kv_dtype)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
