@@ -79,15 +79,11 @@ class AheadStepper(Stepper):
     def step(self) -> None:
         """Take the step that is under way, or start one; launch the next; hand out results of the first."""
         flight, self._flight = self._flight, None
-        batches: list[Batch] = [] if flight is None else [flight.batch]
+        if flight is None:
+            flight = self._launch(self.scheduler.schedule())
+        ahead = None
         try:
-            if flight is None:
-                batch = self.scheduler.schedule()
-                batches.append(batch)
-                flight = self._launch(batch)
             ahead = self._launch_ahead(flight)
-            if ahead is not None:
-                batches.append(ahead.batch)
             with self._launching.beside():
                 result = flight.result(set(self.scheduler.running))
                 self._postprocess(result)
@@ -97,11 +93,20 @@ class AheadStepper(Stepper):
                 fed = {request: d for request, d in result.drawn.items() if request in ahead.unknown}
                 self._flight = replace(ahead, fed=fed)
         except BaseException:
-            for batch in batches:
-                self._start_over(batch)
+            for under_way in (flight, ahead):
+                if under_way is not None:
+                    self._start_over(under_way.batch)
             raise
 
     def _launch(self, batch: Batch, behind: _Flight | None = None, keep: bool = False) -> _Flight:
+        """Start a step. If that fails, its requests start over, as blocks may have been copied in it."""
+        try:
+            return self._try_launch(batch, behind, keep)
+        except BaseException:
+            self._start_over(batch)
+            raise
+
+    def _try_launch(self, batch: Batch, behind: _Flight | None, keep: bool) -> _Flight:
         rows = row_ranges(batch)
         drawing: list[tuple[Chunk, int, tuple[int, ...]]] = []  # with their rows and banned ids
         for chunk, own in zip(batch.chunks, rows, strict=True):
@@ -126,32 +131,31 @@ class AheadStepper(Stepper):
         """The step after `flight`, if most of its requests go on; else all had better wait for each other."""
         valid = [flight.batch.chunks[i] for i in flight.valid(set(self.scheduler.running))]
         draws = {draw.request: draw for draw in flight.draws}
-        going_on, keep, budget = [], False, self.scheduler.limits.max_batched_tokens
+        following, keep = {}, False
         for chunk in valid:
-            following = _following(chunk, draws.get(chunk.request), budget)
-            if following is not None:
-                going_on.append(following)
-                budget -= following.num_tokens
-            keep |= bool(chunk.logit_positions) and (
-                following is None or following.end <= len(chunk.request.token_ids)
-            )
-        if not going_on or 2 * len(going_on) < len(valid):
+            draw = draws.get(chunk.request)
+            is_free = draw is not None and free_draw(chunk.request) == draw.banned
+            following[chunk.request] = _following(chunk, is_free)
+            keep |= bool(chunk.logit_positions) and not is_free
+        num_following = sum(chunk is not None for chunk in following.values())
+        if not num_following or 2 * num_following < len(valid):
             return None
-        batch = self.scheduler.schedule_ahead(going_on, {chunk.request for chunk in valid})
+        batch = self.scheduler.schedule_ahead(following)
         if batch is None:
             return None
         self.num_ahead += 1
         return self._launch(batch, flight, keep)
 
 
-def _following(chunk: Chunk, draw: DeviceDraw | None, budget: int) -> Chunk | None:
-    """What a request computes after `chunk`, which is under way; `None` if the host must decide that."""
+def _following(chunk: Chunk, is_free: bool) -> Chunk | None:
+    """What a request goes on with after `chunk`, which is under way; `None` if the host must decide that.
+
+    is_free: its next token is the one that the device draws.
+    """
     request, at = chunk.request, chunk.end
-    known = len(request.token_ids) - at
-    if known:
-        return Chunk(request, at, min(known, budget)) if budget else None
-    goes_on = draw is not None and free_draw(request) == draw.banned and at + 1 < request.max_len
-    return Chunk(request, at, 1) if goes_on and budget else None
+    if at < len(request.token_ids):
+        return None if request.all_logits else Chunk(request, at, len(request.token_ids) - at)
+    return Chunk(request, at, 1) if is_free and at + 1 < request.max_len else None
 
 
 def make_stepper(

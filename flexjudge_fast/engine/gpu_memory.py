@@ -10,7 +10,7 @@ from flexjudge_fast.errors import InvalidArgumentError
 
 _GRAPH_BYTES = 2 << 20  # some 400 launches
 _TILINGS = 2  # of attention, with and without blocks in common: a graph each
-_LOGIT_BYTES = 4 + 4 + 2 + 4 + 3  # float32, a copy kept, the product's, magnitudes, and three booleans
+_LOGIT_BYTES = 4 + 2 + 4 + 3  # float32, the product's, magnitudes, and three booleans
 
 
 @dataclass(frozen=True)

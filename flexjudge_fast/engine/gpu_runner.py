@@ -44,6 +44,7 @@ class GpuFlight:
     slot: _Slot
     num_rows: int
     num_draws: int
+    is_recorded: bool
     done: Event | None = None  # and its logits kept, if they must be
     tokens: torch.Tensor | None = None  # [num_draws] int64
     logits: torch.Tensor | None = None  # [num_rows, vocab_size] float32
@@ -100,7 +101,7 @@ class GpuRunner(ModelRunner):
         pin = device.torch_device.type == "cuda"
         self._slots = [_Slot(first, max_rows, pin), _Slot(buffers(), max_rows, pin)]
         self._masks = BannedMasks(model.config.vocab_size, device.torch_device)
-        # Recorded steps take turns with it: nobody reads logits once the next step is launched.
+        # Recorded steps take turns with it: what is still to be read when the next is launched is copied.
         rows = 0 if ladder is None else ladder.num_seqs[-1]
         self._logits = torch.empty(rows, model.config.vocab_size, device=device.torch_device)
         self._recorded: dict[tuple[Rung | None, int], _Recorded] = {}
@@ -115,7 +116,7 @@ class GpuRunner(ModelRunner):
     def launch(self, batch: Batch, draws: Sequence[DeviceDraw], behind: Behind | None) -> GpuFlight:
         """See `LaunchingRunner.launch`."""
         with self._device.active():
-            if behind is not None and behind.keep:
+            if behind is not None and behind.keep and behind.flight.is_recorded:
                 self._keep_logits(behind.flight)
             return self._launch(batch, draws, behind)
 
@@ -124,7 +125,7 @@ class GpuRunner(ModelRunner):
         return self._device.beside()
 
     def _keep_logits(self, flight: GpuFlight) -> None:
-        """A copy, as the next step may write where they are."""
+        """A copy, as the next recorded step writes where they are."""
 
         def work() -> None:
             with torch.inference_mode():
@@ -143,7 +144,7 @@ class GpuRunner(ModelRunner):
         inputs = slot.buffers.fill(batch, embeddings, rung)
         plan = self._planner.plan(inputs.attention, rung)
         num_rows = sum(len(chunk.logit_positions) for chunk in batch.chunks)
-        flight = GpuFlight(slot, num_rows, len(draws))
+        flight = GpuFlight(slot, num_rows, len(draws), rung is not None)
 
         def work() -> None:
             with torch.inference_mode():

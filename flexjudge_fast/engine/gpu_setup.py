@@ -119,14 +119,16 @@ def make_gpu_runner(
 
 
 def _step_peak(parts: GpuParts) -> int:
-    """Of a step of `max_batched_tokens` tokens of one prompt, with as many rows of logits as sequences."""
+    """Of a step of `max_batched_tokens` tokens of one prompt, with as many rows of logits as sequences; as
+    many of the step before may still be read."""
     count = min(parts.config.max_batched_tokens, parts.max_len - 1)
     blocks = -(-count // parts.config.block_size) + 1
     runner = parts.runner(blocks, ladder=None)
     request = Request(0, (0,) * count, SamplingParams(max_tokens=1), _NoText(), frozenset(), parts.max_len)
     request.block_table = list(range(blocks))
     request.probe = Probe(0, (0,) * min(count, parts.config.max_num_seqs))
-    return peak_bytes(lambda: runner.run(Batch((Chunk(request, 0, count),), ())), parts.device)
+    before = 4 * parts.config.max_num_seqs * parts.model.config.vocab_size
+    return before + peak_bytes(lambda: runner.run(Batch((Chunk(request, 0, count),), ())), parts.device)
 
 
 def _encoder_peak(parts: GpuParts) -> int:

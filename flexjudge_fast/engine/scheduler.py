@@ -1,8 +1,8 @@
 """Packs requests into one batch per step: decode tokens and prompt chunks side by side, over paged blocks."""
 
 from collections import deque
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from flexjudge_fast.engine.batch import Batch, Chunk
 from flexjudge_fast.engine.block_pool import BlockPool
@@ -70,41 +70,38 @@ class Scheduler:
     def schedule(self) -> Batch:
         """The next step, where none is under way. Empty when nothing can run."""
         self._under_way, self._pending, self._copies, self._chunks = {}, {}, [], []
-        return self._fill(self.limits.max_batched_tokens, ())
-
-    def schedule_ahead(self, going_on: Sequence[Chunk], under_way: Collection[Request]) -> Batch | None:
-        """The step behind one that is still under way.
-
-        Args:
-            going_on: what follows on chunks of that step, whatever it gives.
-            under_way: the requests of that step. Those that do not go on wait for what it gives.
-
-        Returns:
-            `going_on`, and what else can run. `None` if there are no blocks for it, or nothing runs.
-        """
-        size = self.limits.block_size
-        growth = [max(0, -(-chunk.end // size) - len(chunk.request.block_table)) for chunk in going_on]
-        if sum(growth) > self.pool.num_free:
-            return None
-        self._under_way, self._pending, self._copies, self._chunks = self._pending, {}, [], []
-        for chunk, count in zip(going_on, growth, strict=True):
-            chunk.request.block_table.extend(self.pool.allocate() for _ in range(count))
-            self._add(chunk)
-        budget = self.limits.max_batched_tokens - sum(chunk.num_tokens for chunk in going_on)
-        batch = self._fill(budget, under_way)
-        return batch if batch.chunks else None
-
-    def _fill(self, budget: int, under_way: Collection[Request]) -> Batch:
-        """The chunks so far, and those of whoever is not under way, up to `budget` tokens."""
+        budget = self.limits.max_batched_tokens
         for request in list(self.running):
             if budget == 0:
                 break
-            if request in under_way or not request.block_table:
-                continue
-            if self._make_room(request, min(request.num_uncomputed, budget)):
-                budget -= self._plan(request, budget)
-        self._admit(budget)
-        return Batch(tuple(self._chunks), tuple(self._copies))
+            if request.block_table and self._make_room(request, budget):
+                budget -= self._add(_next_chunk(request, budget))
+        return self._admit(budget)
+
+    def schedule_ahead(self, following: Mapping[Request, Chunk | None]) -> Batch | None:
+        """The step behind one that is still under way; nobody is preempted for it.
+
+        Args:
+            following: what each request of that step goes on with, whatever that gives; `None` for one that
+                must wait for what it gives.
+
+        Returns:
+            What those go on with and what else can run, the oldest first. `None` if blocks are missing.
+        """
+        planned: list[Chunk] = []
+        budget = self.limits.max_batched_tokens
+        for request in self.running:
+            chunk = following[request] if request in following else _next_chunk(request, budget)
+            if chunk is not None and budget:
+                planned.append(replace(chunk, num_tokens=min(chunk.num_tokens, budget)))
+                budget -= planned[-1].num_tokens
+        if sum(map(self._blocks_for, planned)) > self.pool.num_free:
+            return None
+        self._under_way, self._pending, self._copies, self._chunks = self._pending, {}, [], []
+        for chunk in planned:
+            self._grow(chunk)
+            self._add(chunk)
+        return self._admit(budget)
 
     def commit(self, batch: Batch) -> None:
         """The step has run: its tokens are computed and its full blocks can be found."""
@@ -137,14 +134,8 @@ class Scheduler:
         self.pool.release(request.block_table)
         request.block_table = []
 
-    def _plan(self, request: Request, budget: int) -> int:
-        """Add the request's next chunk to the batch; its blocks are there. Returns its tokens."""
-        chunk = Chunk(request, request.num_computed, min(request.num_uncomputed, budget))
-        self._add(chunk)
-        return chunk.num_tokens
-
-    def _add(self, chunk: Chunk) -> None:
-        """To this step, with the blocks that it fills, if their tokens are known."""
+    def _add(self, chunk: Chunk) -> int:
+        """To this step, with the blocks that it fills, if their tokens are known. Returns its tokens."""
         self._chunks.append(chunk)
         request, size = chunk.request, self.limits.block_size
         if self.limits.prefix_caching and chunk.end <= len(request.token_ids):
@@ -152,10 +143,11 @@ class Scheduler:
             for index in range(chunk.start // size, chunk.end // size):
                 content = request.block_content(index, size)
                 self._pending.setdefault(content.parent, []).append(content)
+        return chunk.num_tokens
 
-    def _make_room(self, request: Request, num_tokens: int) -> bool:
+    def _make_room(self, request: Request, budget: int) -> bool:
         """Blocks for the next tokens of a running request, preempting the youngest others if need be."""
-        while not self._grow(request, num_tokens):
+        while not self._grow(_next_chunk(request, budget)):
             victim = self._victim(request)
             if victim is None:
                 self.preempt(request)
@@ -171,38 +163,46 @@ class Scheduler:
                 return request
         return None
 
-    def _grow(self, request: Request, num_tokens: int) -> bool:
-        """Extend the block table for the next tokens and un-share the block they start in. All or nothing."""
-        size = self.limits.block_size
-        table, start = request.block_table, request.num_computed
-        index = start // size
-        must_copy = start % size != 0 and (self.pool.is_shared(table[index]) or table[index] in self.cache)
-        num_new = -(-(start + num_tokens) // size) - len(table)
-        if num_new + must_copy > self.pool.num_free:
+    def _blocks_for(self, chunk: Chunk) -> int:
+        """How many blocks a chunk takes from the pool."""
+        num_new = -(-chunk.end // self.limits.block_size) - len(chunk.request.block_table)
+        return max(0, num_new) + self._must_copy(chunk)
+
+    def _must_copy(self, chunk: Chunk) -> bool:
+        """Whether the block that it starts in belongs to others, too."""
+        index, place = divmod(chunk.start, self.limits.block_size)
+        table = chunk.request.block_table
+        return place != 0 and (self.pool.is_shared(table[index]) or table[index] in self.cache)
+
+    def _grow(self, chunk: Chunk) -> bool:
+        """Extend the block table for a chunk and un-share the block it starts in. All or nothing."""
+        needed, table = self._blocks_for(chunk), chunk.request.block_table
+        if needed > self.pool.num_free:
             return False
-        if must_copy:
+        if self._must_copy(chunk):
+            index = chunk.start // self.limits.block_size
             source, table[index] = table[index], self.pool.allocate()
             self._copies.append((source, table[index]))
             self.pool.release([source])
-        table.extend(self.pool.allocate() for _ in range(num_new))
+            needed -= 1
+        table.extend(self.pool.allocate() for _ in range(needed))
         return True
 
-    def _admit(self, budget: int) -> None:
+    def _admit(self, budget: int) -> Batch:
         """Move waiting requests into the batch, in order, while tokens, sequences and blocks last."""
         for request in list(self.waiting):
             if budget == 0 or len(self.running) >= self.limits.max_num_seqs:
-                return
+                break
             holds_nothing = not request.block_table
             if holds_nothing and not self._reuse_prefix(request):
                 continue  # what it needs is being computed at this moment: one step later it is there
-            num_tokens = min(request.num_uncomputed, budget)
-            while not self._grow(request, num_tokens):
+            while not self._grow(_next_chunk(request, budget)):
                 victim = None if self._chunks else self._victim(request)
                 if victim is None:
                     if holds_nothing:
                         self._release(request)
                         request.num_computed = 0
-                    return
+                    return self._batch()
                 self.preempt(victim)
             if request.num_cached is None:
                 request.num_cached = request.num_computed
@@ -210,7 +210,11 @@ class Scheduler:
                 self.num_cached_tokens += min(request.num_computed, len(request.prompt))
             self.waiting.remove(request)
             self.running.append(request)
-            budget -= self._plan(request, budget)
+            budget -= self._add(_next_chunk(request, budget))
+        return self._batch()
+
+    def _batch(self) -> Batch:
+        return Batch(tuple(self._chunks), tuple(self._copies))
 
     def _reuse_prefix(self, request: Request) -> bool:
         """Start from the longest cached prefix. False if a longer one is being computed right now."""
@@ -252,3 +256,8 @@ class Scheduler:
             for pending in (self._under_way, self._pending)
             for content in pending.get(parent, ())
         )
+
+
+def _next_chunk(request: Request, budget: int) -> Chunk:
+    """What of the request is not computed, up to `budget` tokens."""
+    return Chunk(request, request.num_computed, min(request.num_uncomputed, budget))

@@ -47,10 +47,9 @@ class Linear:
         self.matrices = [_repack(w, eight_bits) for w in (_merge(weights) if merge else weights)]
         self.bias = bias  # [out_features]
         self.out_features = sum(m.shape[0] for m in self.matrices)
+        # What activations are quantised to, if all its matrices want the same.
         types = {m.codes.dtype if isinstance(m, W8Matrix) else None for m in self.matrices}
-        self.takes = (
-            types.pop() if len(types) == 1 else None
-        )  # what activations are quantised to, if they are
+        self.takes = types.pop() if len(types) == 1 else None
 
     @property
     def weights(self) -> list[Weight]:

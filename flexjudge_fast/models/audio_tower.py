@@ -10,6 +10,7 @@ from flexjudge_fast.layers.linear import Linear
 from flexjudge_fast.layers.norm import LayerNorm
 from flexjudge_fast.models.audio_config import AudioConfig
 from flexjudge_fast.models.loader import TensorLoader
+from flexjudge_fast.ops.backend import upload
 from flexjudge_fast.ops.segment_attention import Segments, segment_attention
 from flexjudge_fast.weights.tensor import DenseTensor
 
@@ -56,7 +57,7 @@ class AudioTower:
             [num_tokens, output_size] in the model's dtype; see `media.audio_processor` for their number.
         """
         windows, starts = cut_windows(features, self.config.window)
-        x = torch.cat([self._embed(window.to(self.device, self.dtype)) for window in windows])
+        x = torch.cat([self._embed(upload(window, self.device, self.dtype)) for window in windows])
         segments = Segments.at(starts, self.device)
         for layer in self.layers:
             x = x + self._attend(layer, layer.input_norm(x), segments)

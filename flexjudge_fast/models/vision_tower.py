@@ -12,6 +12,7 @@ from flexjudge_fast.layers.norm import RMSNorm
 from flexjudge_fast.models.loader import TensorLoader
 from flexjudge_fast.models.vision_config import VisionConfig
 from flexjudge_fast.models.vision_layout import Grid, VisionLayout, lay_out
+from flexjudge_fast.ops.backend import upload
 from flexjudge_fast.ops.segment_attention import Segments, segment_attention
 from flexjudge_fast.weights.tensor import DenseTensor
 
@@ -61,13 +62,14 @@ class VisionTower:
             [num_patches / merged_patches, out_hidden_size] in the model's dtype.
         """
         layout = lay_out(grids, self.config)
-        merged = self._run(in_window_order(patches, layout, self.config).to(self.device, self.dtype), layout)
+        ordered = upload(in_window_order(patches, layout, self.config), self.device, self.dtype)
+        merged = self._run(ordered, layout)
         out = torch.empty_like(merged)
-        out[layout.order] = merged
+        out[upload(layout.order, self.device)] = merged
         return out
 
     def _run(self, patches: torch.Tensor, layout: VisionLayout) -> torch.Tensor:
-        cos_sin = (layout.cos.to(self.device), layout.sin.to(self.device))
+        cos_sin = upload(layout.cos, self.device), upload(layout.sin, self.device)
         residual = self.patch_embed(patches)  # [num_patches, hidden]
         frames, windows = (Segments.at(start, self.device) for start in (layout.frames, layout.windows))
         for layer in self.layers:

@@ -60,6 +60,12 @@ def one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def upload(x: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A tensor of the host on `device`, without waiting for what is queued there."""
+    x = x.to(dtype or x.dtype)
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 def isa(device: torch.device) -> str:
     """The instruction set whose kernels run there, or "reference" for plain torch."""
     if uses_triton(torch.empty(0, device=device)):

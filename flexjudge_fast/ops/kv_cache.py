@@ -86,5 +86,7 @@ def copy_blocks(cache: torch.Tensor, copies: Sequence[tuple[int, int]]) -> None:
     """
     if not copies:
         return
-    source, destination = torch.tensor(copies, dtype=torch.int64, device=cache.device).unbind(1)
+    # A few numbers, which a GPU's driver takes at once: nobody waits for what is queued before.
+    pairs = torch.tensor(copies, dtype=torch.int64).to(cache.device, non_blocking=True)
+    source, destination = pairs.unbind(1)
     cache[:, :, destination] = cache[:, :, source]

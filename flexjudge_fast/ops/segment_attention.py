@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from flexjudge_fast.ops.backend import uses_triton
+from flexjudge_fast.ops.backend import upload, uses_triton
 from flexjudge_fast.ops.rotary_embedding import rotary_embedding
 
 
@@ -21,7 +21,7 @@ class Segments:
     def at(cls, start: torch.Tensor, device: torch.device) -> "Segments":
         """From offsets on the CPU."""
         longest = int(start.diff().max()) if len(start) > 1 else 0
-        return cls(start.to(device), longest)
+        return cls(upload(start, device), longest)
 
 
 def segment_attention(

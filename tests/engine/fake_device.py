@@ -71,7 +71,7 @@ class _FakeGraph:
 
 
 class HashModel:
-    """Logits are a hash of the tokens that the cache holds for a sequence: one wrong slot changes them all.
+    """Logits are a hash of what the cache holds for a sequence: a wrong token, place or medium changes them.
 
     bad_share: of contexts, those whose logits are NaN.
     """
@@ -91,9 +91,9 @@ class HashModel:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         held = cache[0, 0, :, :, 0, 0]  # [num_blocks, block_size]
         block_size = held.shape[1]
-        for token_id, slot in zip(token_ids.tolist(), inputs.slot_mapping.tolist(), strict=True):
+        for key, slot in zip(self._keys(token_ids, inputs), inputs.slot_mapping.tolist(), strict=True):
             if slot >= 0:
-                held[slot // block_size, slot % block_size] = token_id
+                held[slot // block_size, slot % block_size] = key
         starts, lens = inputs.query_start.tolist(), inputs.context_lens.tolist()
         rows = []
         for index in logit_rows.tolist():
@@ -104,6 +104,18 @@ class HashModel:
         logits = torch.stack(rows) if rows else torch.zeros(0, self.config.vocab_size)
         logits = logits if out is None else out.copy_(logits)
         return logits, torch.isfinite(logits).all(-1)
+
+    def _keys(self, token_ids: torch.Tensor, inputs: AttentionInput) -> list[int]:
+        """A number for each token, exact in float32: of its id or medium's row, and of its positions."""
+        positions = inputs.positions.reshape(-1, len(token_ids)).T.tolist()
+        keys = []
+        for token_id, place in zip(token_ids.tolist(), positions, strict=True):
+            if token_id >= self.config.vocab_size:
+                assert inputs.media is not None
+                row = inputs.media[token_id - self.config.vocab_size].numpy().tobytes()
+                token_id = 1000 + int.from_bytes(hashlib.blake2b(row, digest_size=2).digest(), "little")
+            keys.append((31 * token_id + sum(i * p for i, p in enumerate(place, 1))) % 4000037)
+        return keys
 
     def _logits(self, tokens: np.ndarray) -> torch.Tensor:
         digest = hashlib.blake2b(tokens.tobytes(), digest_size=8).digest()

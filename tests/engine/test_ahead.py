@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from flexjudge_fast import Engine, Judge, Judgement, SamplingParams
+from flexjudge_fast import Engine, Judge, Judgement, Response, SamplingParams
 from flexjudge_fast.engine.ahead import _Flight
 from flexjudge_fast.engine.attention_plans import NoPlanner
 from flexjudge_fast.engine.batch import Batch, Chunk
 from flexjudge_fast.engine.config import EngineConfig
-from flexjudge_fast.engine.engine import EngineInput
+from flexjudge_fast.engine.engine import EngineInput, _Run
 from flexjudge_fast.engine.gpu_runner import GpuRunner
 from flexjudge_fast.engine.graph_ladder import GraphLadder
 from flexjudge_fast.engine.input_buffers import InputBuffers
@@ -20,8 +20,8 @@ from flexjudge_fast.engine.request import Request
 from flexjudge_fast.engine.scheduler import Scheduler
 from flexjudge_fast.engine.setup import load_parts
 from tests.engine.fake_device import FakeDevice, HashModel
-from tests.models import write_checkpoint
-from tests.test_judge_media import plain
+from tests.models import write_checkpoint, write_vision_checkpoint
+from tests.test_judge_media import clip, picture, plain
 
 BLOCK = 4
 WORDS = ("", "hello", "hello world", "hello there", "a" * 13, "b" * 40, "the quick brown fox")
@@ -41,15 +41,18 @@ def make_engine(folder, ahead, num_blocks=200, bad_share=0.0, max_len=256, eager
     )
     parts = load_parts(folder, "cpu", "float32", None, (), config)
     decoder, width = parts.runner.model.config, max_len // BLOCK + 1
-    sizes = (config.max_batched_tokens, 6, width, BLOCK, torch.device("cpu"), 1, decoder.vocab_size)
-    model, common = HashModel(decoder, bad_share), (torch.float32, num_blocks, BLOCK)
+    sections = len(decoder.rope.sections) or 1
+    sizes = (config.max_batched_tokens, 6, width, BLOCK, torch.device("cpu"), sections, decoder.vocab_size)
+    model, encoder = HashModel(decoder, bad_share), parts.runner.encoder
+    common = (model, torch.float32, num_blocks, BLOCK)
     if ahead:
         rows, ladder = config.max_batched_tokens, GraphLadder(6, width)
+        device = FakeDevice(eager)
         runner = GpuRunner(
-            model, *common, lambda: InputBuffers(*sizes), rows, FakeDevice(eager), NoPlanner(), ladder=ladder
+            *common, lambda: InputBuffers(*sizes), rows, device, NoPlanner(), encoder, ladder=ladder
         )
     else:
-        runner = ModelRunner(model, *common, InputBuffers(*sizes), torch.device("cpu"))
+        runner = ModelRunner(*common, InputBuffers(*sizes), torch.device("cpu"), encoder)
     scheduler = Scheduler(parts.scheduler.limits, num_blocks)
     return Engine(replace(parts, runner=runner, scheduler=scheduler))
 
@@ -171,6 +174,73 @@ def test_who_lost_its_blocks_meanwhile_starts_over(folder, seed):
     assert found[0] == found[1]
 
 
+def test_who_joins_a_step_that_cannot_be_launched_starts_over(folder):
+    """The step was to copy the blocks that they begin in: those hold nothing."""
+    beginning = "the same rubric, " * 3
+    params = SamplingParams(max_tokens=25, ignore_eos=True)
+    joining = [f"{beginning[:n]} later" for n in (18, 31, 42)]
+    wanted = [c.token_ids for c in make_engine(folder, False).generate(joining, params)]
+    with make_engine(folder, True, num_blocks=400) as engine:
+        engine.generate([beginning], params)  # for the prefix cache
+        runs, runner = (_Run(), _Run()), engine._parts.runner
+        for i in range(3):
+            engine._submit(runs[0], i, EngineInput(engine.encode(f"{i} other"), params))
+        engine._step()
+        for i, prompt in enumerate(joining):
+            engine._submit(runs[1], i, EngineInput(engine.encode(prompt), params))
+        launch = runner.launch
+
+        def fails(batch, draws, behind):
+            runner.launch = launch
+            assert behind is not None and batch.block_copies
+            raise RuntimeError("out of memory")
+
+        runner.launch = fails
+        with pytest.raises(RuntimeError, match="out of memory"):
+            engine._step()
+        while runs[1].open:
+            engine._step()
+        found = sorted(runs[1].outputs, key=lambda output: output.index)
+        assert [output.completions[0].token_ids for output in found] == wanted
+        engine.check_integrity()
+
+
+def steps_of_the_first(folder, ahead, num_tokens, others, **options):
+    """The steps of the first request, about whose tokens the host decides; how often it lost its blocks."""
+    with make_engine(folder, ahead, prefix_caching=False, **options) as engine:
+        first = SamplingParams(temperature=1.0, max_tokens=num_tokens, ignore_eos=True, logprobs=1)
+        inputs = [EngineInput(engine.encode("judge me"), first)]
+        inputs += [EngineInput(engine.encode(prompt), params) for prompt, params in others]
+        runner, name = engine._parts.runner, "launch" if ahead else "run"
+        run, steps, requests = getattr(runner, name), [], set()
+
+        def noting(batch, *rest):
+            steps.append(any(chunk.request.id == 1 for chunk in batch.chunks))
+            requests.update(chunk.request for chunk in batch.chunks if chunk.request.id == 1)
+            return run(batch, *rest)
+
+        setattr(runner, name, noting)
+        assert all(output.error is None for output in engine.run(inputs))
+        return [i for i, there in enumerate(steps) if there], requests.pop().num_preemptions
+
+
+def test_long_prompts_do_not_hold_up_who_came_before(folder):
+    """A request that sits steps out has its turn at every second, however much the others could do."""
+    others = [(f"{i}" + "a" * 800, SamplingParams(max_tokens=3, ignore_eos=True)) for i in range(4)]
+    options = {"num_blocks": 3000, "max_len": 1024, "max_batched_tokens": 32}
+    plain, _ = steps_of_the_first(folder, False, 20, others, **options)
+    ahead, _ = steps_of_the_first(folder, True, 20, others, **options)
+    assert plain == list(range(20)) and ahead == list(range(0, 40, 2))
+
+
+def test_the_oldest_keeps_its_blocks(folder):
+    params = SamplingParams(temperature=1.0, max_tokens=60, ignore_eos=True)
+    others = [(f"{i}" + "a" * 40, replace(params, seed=i)) for i in range(20)]
+    for ahead in (False, True):
+        _, preempted = steps_of_the_first(folder, ahead, 120, others, num_blocks=66, max_batched_tokens=64)
+        assert preempted == 0
+
+
 def test_results_from_before_a_preemption_are_void(folder):
     with make_engine(folder, True) as engine:
         request = Request(1, (1, 2, 3), SamplingParams(), engine.tokenizer, frozenset(), 10)
@@ -209,6 +279,52 @@ def test_judgements(folder, seed):
     assert computed[1] <= computed[0] + 2 * sum(
         item.votes for item in items
     )  # a void token each, both orders
+    assert {v["finish_reason"] for v in found[0]} == {"answer"}
+
+
+@pytest.fixture(scope="module")
+def vision_folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("ahead-vision")
+    write_vision_checkpoint(path)
+    return path
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_judgements_of_media(vision_folder, seed):
+    """Media that are encoded for steps ahead, forgotten, and end in the middle of a step."""
+    rng = np.random.default_rng(seed)
+
+    def response():
+        if rng.random() < 0.3:
+            return Response("A text, too.", video=clip(int(rng.integers(2))))
+        return Response(image=picture(int(rng.integers(4))))
+
+    items = [
+        Judgement(
+            "pair",
+            "Draw.",
+            [response(), response()],
+            votes=int(rng.integers(1, 3)),
+            order="both",
+            max_think_tokens=int(rng.choice([0, 3, 20])),
+            max_tokens=120,
+            temperature=1.0,
+        )
+        for _ in range(4)
+    ]
+    options = {
+        "num_blocks": int(rng.choice([560, 800])),
+        "max_len": 2048,
+        "eager": seed % 2 == 1,
+        "max_batched_tokens": int(rng.choice([16, 40, 128])),
+        "encoder_cache_memory": int(rng.choice([0, 1 << 22])),
+    }
+    found = []
+    for ahead in (False, True):
+        with make_engine(vision_folder, ahead, **options) as engine:
+            found.append([plain(v) for v in sorted(Judge(engine).run(items), key=lambda v: v.index)])
+            engine.check_integrity()
+    assert found[0] == found[1]
     assert {v["finish_reason"] for v in found[0]} == {"answer"}
 
 
