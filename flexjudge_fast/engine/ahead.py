@@ -98,6 +98,12 @@ class AheadStepper(Stepper):
                     self._start_over(under_way.batch)
             raise
 
+    def cancel(self, request_ids: set[int]) -> None:
+        """See `Stepper.cancel`. A step that is under way for none but them is forgotten."""
+        super().cancel(request_ids)
+        if self._flight is not None and not self._flight.valid(set(self.scheduler.running)):
+            self._flight = None
+
     def _launch(self, batch: Batch, behind: _Flight | None = None, keep: bool = False) -> _Flight:
         """Start a step. If that fails, its requests start over, as blocks may have been copied in it."""
         try:

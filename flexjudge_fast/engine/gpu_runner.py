@@ -124,6 +124,11 @@ class GpuRunner(ModelRunner):
         """See `LaunchingRunner.beside`."""
         return self._device.beside()
 
+    def release(self) -> None:
+        """See `ModelRunner.release`; recorded steps and their logits, too."""
+        super().release()
+        del self._recorded, self._logits
+
     def _keep_logits(self, flight: GpuFlight) -> None:
         """A copy, as the next recorded step writes where they are."""
 

@@ -337,7 +337,9 @@ def test_cancelled_requests_leave_nothing_behind(folder):
         short = EngineInput(engine.encode("short"), SamplingParams(max_tokens=3, ignore_eos=True))
         first = engine.run([short, *inputs])
         assert next(first).index == 0  # three others are under way
+        assert engine._stepper._flight is not None
         first.close()
+        assert engine.stats().num_running == 0 and engine._stepper._flight is None
         found = engine.generate(["hello", "there"], params)
         assert [c.token_ids for c in found] == [c.token_ids for c in wanted]
         engine.check_integrity()
