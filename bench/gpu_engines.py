@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from bench.engines import MissingError, prompt, short_prompts
-from bench.pairs import RUBRIC, make_pairs
+from bench.pairs import RUBRIC, make_pairs, seconds_to_judge
 from bench.vision_models import write_tokenizer
 
 VOCAB, HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM = 152064, 3584, 18944, 28, 4, 128
@@ -79,19 +79,14 @@ def measure_judging(folder: Path, num_seqs: int = 64) -> dict[str, float]:
 
     Under another rubric they are judged before, so that kernels are compiled and graphs recorded.
     """
-    from flexjudge_fast import Engine, Judge, Judgement
+    from flexjudge_fast import Engine, Judgement
 
     with Engine.from_pretrained(folder, device="cuda", max_model_len=8192, max_num_seqs=num_seqs) as engine:
         for rubric in ("Be fair.", RUBRIC):
             asked = {"rubric": rubric, "votes": VOTES, "order": "both", "max_think_tokens": THINK}
             items = [Judgement("pair", q, answers, **asked) for q, answers in make_pairs(PAIRS)]
-            start = time.perf_counter()
-            verdicts = list(Judge(engine).run(items))
-            elapsed = time.perf_counter() - start
-            failed = [v.error for v in verdicts if v.finish_reason != "answer"]
-            if failed:
-                raise RuntimeError(f"{len(failed)} of {len(verdicts)} verdicts have no answer: {failed[0]}")
-        return {f"the judge's work, {num_seqs} at once, pairs/s": PAIRS / elapsed}
+            seconds = seconds_to_judge(engine, items)
+        return {f"the judge's work, {num_seqs} at once, pairs/s": PAIRS / seconds}
 
 
 class Vllm:

@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-from bench.pairs import RUBRIC, make_pairs  # noqa: E402
-from flexjudge_fast import Engine, Judge, Judgement  # noqa: E402
+from bench.pairs import RUBRIC, make_pairs, seconds_to_judge  # noqa: E402
+from flexjudge_fast import Engine, Judgement  # noqa: E402
 from flexjudge_fast.engine import gpu_runner  # noqa: E402
 from flexjudge_fast.engine.attention_plans import NoPlanner  # noqa: E402
 from flexjudge_fast.engine.config import EngineConfig  # noqa: E402
@@ -154,12 +154,7 @@ def measure(folder: Path, costs: Costs, num_pairs: int, num_seqs: int) -> dict[s
         return torch.randint(*LETTERS, (len(draws),), generator=generator)
 
     with mock.patch.object(gpu_runner, "sample_on_device", draw):  # on a GPU a launch or two
-        start = time.perf_counter()
-        verdicts = list(Judge(engine).run(items))
-        seconds = time.perf_counter() - start
-    failed = [v.error for v in verdicts if v.finish_reason != "answer"]
-    if failed:
-        raise RuntimeError(f"{len(failed)} verdicts have no answer: {failed[0]}")
+        seconds = seconds_to_judge(engine, items)
     tokens = engine.stats().num_forward_tokens
     return {
         "pairs/s": num_pairs / seconds,

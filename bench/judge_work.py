@@ -22,9 +22,9 @@ import torch
 
 from bench.engines import MissingError
 from bench.engines.llama_cpp import Context, Settings
-from bench.pairs import RUBRIC, make_pairs
+from bench.pairs import RUBRIC, make_pairs, seconds_to_judge
 from bench.rounds import Row
-from flexjudge_fast import Engine, Judge, Judgement
+from flexjudge_fast import Engine, Judgement
 from flexjudge_fast.engine.completion import Completion
 from flexjudge_fast.engine.engine import EngineOutput
 from flexjudge_fast.prompts.formats import THINK_OPEN
@@ -95,13 +95,7 @@ def judge_with_ours(
             )
             for question, answers in make_pairs(work.pairs)
         ]
-        start = time.perf_counter()
-        verdicts = list(Judge(recording).run(items))  # type: ignore[arg-type]
-        seconds = time.perf_counter() - start
-        failed = [v.error for v in verdicts if v.finish_reason != "answer"]
-        if failed:
-            raise RuntimeError(f"{len(failed)} of {len(verdicts)} verdicts have no answer: {failed[0]}")
-        return seconds, recording.completions
+        return seconds_to_judge(recording, items), recording.completions
     finally:
         engine.close()
 

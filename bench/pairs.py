@@ -1,5 +1,9 @@
 """Pairs to judge: made-up questions with a good and a poor answer, of the length that real ones have."""
 
+import time
+from collections.abc import Sequence
+from typing import Any
+
 RUBRIC = (
     "Accuracy comes first: a claim that is wrong weighs more than anything that is well put. Then look at "
     "completeness: does the answer cover every part of the question, with the numbers, units and conditions "
@@ -38,3 +42,24 @@ def make_pairs(count: int) -> list[tuple[str, tuple[str, str]]]:
         )
         out.append((question, (better, worse) if i % 2 else (worse, better)))
     return out
+
+
+def seconds_to_judge(engine: Any, items: Sequence[Any]) -> float:
+    """Until the last verdict is there.
+
+    Args:
+        engine: an `Engine`, or what stands for one.
+        items: `Judgement`s.
+
+    Raises:
+        RuntimeError: a verdict has no answer.
+    """
+    from flexjudge_fast import Judge
+
+    start = time.perf_counter()
+    verdicts = list(Judge(engine).run(items))
+    seconds = time.perf_counter() - start
+    failed = [v.error for v in verdicts if v.finish_reason != "answer"]
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(verdicts)} verdicts have no answer: {failed[0]}")
+    return seconds

@@ -87,11 +87,10 @@ class AheadStepper(Stepper):
             with self._launching.beside():
                 result = flight.result(set(self.scheduler.running))
                 self._postprocess(result)
-            if ahead is not None and not {c.request for c in ahead.batch.chunks}.isdisjoint(
-                self.scheduler.running
-            ):
+            if ahead is not None:
                 fed = {request: d for request, d in result.drawn.items() if request in ahead.unknown}
                 self._flight = replace(ahead, fed=fed)
+                self._forget_void()
         except BaseException:
             for under_way in (flight, ahead):
                 if under_way is not None:
@@ -101,6 +100,10 @@ class AheadStepper(Stepper):
     def cancel(self, request_ids: set[int]) -> None:
         """See `Stepper.cancel`. A step that is under way for none but them is forgotten."""
         super().cancel(request_ids)
+        self._forget_void()
+
+    def _forget_void(self) -> None:
+        """Nobody waits for a step of which nothing is valid."""
         if self._flight is not None and not self._flight.valid(set(self.scheduler.running)):
             self._flight = None
 

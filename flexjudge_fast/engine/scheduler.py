@@ -93,9 +93,9 @@ class Scheduler:
         for request in self.running:
             chunk = following[request] if request in following else _next_chunk(request, budget)
             if chunk is not None and budget:
-                planned.append(replace(chunk, num_tokens=min(chunk.num_tokens, budget)))
+                planned.append(chunk if chunk.num_tokens <= budget else replace(chunk, num_tokens=budget))
                 budget -= planned[-1].num_tokens
-        if sum(map(self._blocks_for, planned)) > self.pool.num_free:
+        if sum(sum(self._missing(chunk)) for chunk in planned) > self.pool.num_free:
             return None
         self._under_way, self._pending, self._copies, self._chunks = self._pending, {}, [], []
         for chunk in planned:
@@ -163,29 +163,25 @@ class Scheduler:
                 return request
         return None
 
-    def _blocks_for(self, chunk: Chunk) -> int:
-        """How many blocks a chunk takes from the pool."""
-        num_new = -(-chunk.end // self.limits.block_size) - len(chunk.request.block_table)
-        return max(0, num_new) + self._must_copy(chunk)
-
-    def _must_copy(self, chunk: Chunk) -> bool:
-        """Whether the block that it starts in belongs to others, too."""
-        index, place = divmod(chunk.start, self.limits.block_size)
+    def _missing(self, chunk: Chunk) -> tuple[int, bool]:
+        """How many blocks its table lacks; whether the one it starts in is shared and must be copied."""
         table = chunk.request.block_table
-        return place != 0 and (self.pool.is_shared(table[index]) or table[index] in self.cache)
+        index, place = divmod(chunk.start, self.limits.block_size)
+        must_copy = place != 0 and (self.pool.is_shared(table[index]) or table[index] in self.cache)
+        return max(0, -(-chunk.end // self.limits.block_size) - len(table)), must_copy
 
     def _grow(self, chunk: Chunk) -> bool:
         """Extend the block table for a chunk and un-share the block it starts in. All or nothing."""
-        needed, table = self._blocks_for(chunk), chunk.request.block_table
-        if needed > self.pool.num_free:
+        num_new, must_copy = self._missing(chunk)
+        if num_new + must_copy > self.pool.num_free:
             return False
-        if self._must_copy(chunk):
+        table = chunk.request.block_table
+        if must_copy:
             index = chunk.start // self.limits.block_size
             source, table[index] = table[index], self.pool.allocate()
             self._copies.append((source, table[index]))
             self.pool.release([source])
-            needed -= 1
-        table.extend(self.pool.allocate() for _ in range(needed))
+        table.extend(self.pool.allocate() for _ in range(num_new))
         return True
 
     def _admit(self, budget: int) -> Batch:

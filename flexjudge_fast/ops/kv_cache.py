@@ -15,6 +15,8 @@ from collections.abc import Sequence
 
 import torch
 
+from flexjudge_fast.ops.backend import upload
+
 _SCALE_BYTES = 4  # a float32, kept behind the codes
 _LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # the largest code of caches with a byte an element
 
@@ -86,7 +88,5 @@ def copy_blocks(cache: torch.Tensor, copies: Sequence[tuple[int, int]]) -> None:
     """
     if not copies:
         return
-    # A few numbers, which a GPU's driver takes at once: nobody waits for what is queued before.
-    pairs = torch.tensor(copies, dtype=torch.int64).to(cache.device, non_blocking=True)
-    source, destination = pairs.unbind(1)
+    source, destination = upload(torch.tensor(copies, dtype=torch.int64), cache.device).unbind(1)
     cache[:, :, destination] = cache[:, :, source]
